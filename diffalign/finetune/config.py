@@ -1,0 +1,119 @@
+"""What a training method can be told: settings shared by all methods, and each method's own.
+
+This file imports no torch, so that a recipe is checked, listed and refused at once. Names are those of diffusers' training
+scripts wherever they have one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingConfig(Settings):
+    """Settings of the loop that every training method shares.
+
+    `num_prompts_per_step` is global (all processes together); `micro_batch_size` counts images in one differentiable
+    rollout and never changes a result beyond rounding.
+    """
+
+    num_prompts_per_step: PositiveInt = 16
+    group_size: PositiveInt = Field(1, description="images per prompt and step")
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="images in one rollout with gradient; auto: all of a process's images at once"
+    )
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(1e-4, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_train_steps: PositiveInt = 100
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = Field(
+        True, description="recompute each denoiser call in the backward pass: memory of one call instead of one a step"
+    )
+    seed: int = Field(0, ge=0)
+
+
+class FullGradient(Settings):
+    """Backpropagation through every step."""
+
+    kind: Literal["full"] = "full"
+
+
+class LastKGradient(Settings):
+    """DRaFT-K: gradient through the last `k` steps only."""
+
+    kind: Literal["last_k"] = "last_k"
+    k: PositiveInt = 1
+
+
+class RandomKGradient(Settings):
+    """AlignProp: as `last_k`, with k drawn uniformly from `low..high`, once per trajectory."""
+
+    kind: Literal["random_k"] = "random_k"
+    low: PositiveInt = 1
+    high: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomKGradient:
+        if self.low > self.high:
+            raise ValueError(f"gradient.low = {self.low} is above gradient.high = {self.high}; swap them")
+        return self
+
+
+class DRTuneGradient(Settings):
+    """DRTune: gradient at `k` equally spaced steps whose network input is detached, with a random early stop."""
+
+    kind: Literal["drtune"] = "drtune"
+    k: PositiveInt = 3
+    early_stop: float = Field(0.4, ge=0, lt=1, description="the stop falls in this last part of the steps; 0: never")
+
+
+Gradient = Annotated[
+    FullGradient | LastKGradient | RandomKGradient | DRTuneGradient,
+    Field(discriminator="kind"),
+]
+
+
+class RewardBackpropConfig(Settings):
+    """Reward backpropagation (AlignProp, DRaFT, DRTune): see `diffalign.finetune.reward_backprop`."""
+
+    name: Literal["reward_backprop"] = "reward_backprop"
+    num_inference_steps: PositiveInt = 50
+    guidance_scale: float = Field(5.0, ge=0)
+    eta: float = Field(0.0, ge=0, description="DDIM's eta; for a flow pipeline the noise level a of the flow SDE")
+    guidance: Literal["pipeline", "detach_unconditional"] = Field(
+        "pipeline", description="detach_unconditional: no gradient through the unconditional branch"
+    )
+    gradient: Gradient = Field(default_factory=LastKGradient)
+    loss: Literal["linear", "target", "hinge"] = Field(
+        "linear", description="of the reward r: -r, |r - target|, or max(target - r, 0), which stops pushing at the target"
+    )
+    target: float | None = None
+    kl_weight: float = Field(0.0, ge=0, description="weight of the distance to the reference; see the method's file")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardBackpropConfig:
+        if self.loss != "linear" and self.target is None:
+            raise ValueError(f"loss = {self.loss} needs method.target, the reward value at which to stop pushing")
+        if self.loss == "linear" and self.target is not None:
+            raise ValueError(f"target = {self.target} has no effect with loss = linear; set loss to target or hinge")
+        k = getattr(self.gradient, "k", None) or getattr(self.gradient, "high", 1)
+        if k > self.num_inference_steps:
+            raise ValueError(
+                f"gradient asks for {k} steps with gradient but num_inference_steps is {self.num_inference_steps}; "
+                "lower it, or use gradient.kind = full"
+            )
+        return self
+
+
+METHODS: dict[str, type[Settings]] = {"reward_backprop": RewardBackpropConfig}
