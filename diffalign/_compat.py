@@ -1,0 +1,45 @@
+"""Dated repairs of the libraries below, each with its reason; everything else in the package is free of them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from typing import Any, Literal
+
+_libraries: list[Any] = []  # torch drops the schemas of a Library that is collected
+
+
+@functools.cache
+def ensure_torchvision() -> Literal["absent", "native", "repaired"]:
+    """Makes an installed torchvision importable beside a torch without CUDA. Call it before diffusers or transformers.
+
+    The torchvision wheel of PyPI is built for CUDA (0.28.0, November 2026). Beside a CPU torch its compiled part does not load,
+    the import ends with `operator torchvision::nms does not exist`, and transformers, peft, diffusers, timm and open_clip, which see
+    it as installed, die with it. Its Python part, the transforms, needs only the two schemas that are declared here. What stays missing
+    is box suppression, video and torchvision's own image files; this package uses none of them.
+
+    Returns:
+        "absent": not installed, which all but open_clip and timm are content with; "native": it works as it is;
+        "repaired": it works because of the declared schemas.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return "absent"
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    else:
+        return "native"
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    from torch.library import Library
+
+    library = Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+    importlib.import_module("torchvision")
+    return "repaired"
