@@ -37,8 +37,10 @@ class TrainingConfig(Settings):
     max_grad_norm: float = Field(1.0, gt=0)
     max_train_steps: PositiveInt = 100
     mixed_precision: Literal["no", "bf16"] = "no"
-    gradient_checkpointing: bool = Field(
-        True, description="recompute each denoiser call in the backward pass: memory of one call instead of one a step"
+    gradient_checkpointing: Literal["step", "block", "none"] = Field(
+        "step",
+        description="what the backward pass computes again: whole denoiser calls (memory of one call, whatever the number "
+        "of steps with gradient), or the blocks inside them (less for few such steps)",
     )
     seed: int = Field(0, ge=0)
 

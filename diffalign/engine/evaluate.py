@@ -1,0 +1,92 @@
+"""Images of fixed prompts and seeds, and their scores: what validation grids and final figures are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffalign import media
+from diffalign.data import Prompt
+from diffalign.laws import default_law
+from diffalign.ledger import Ledger
+from diffalign.policies import Policy
+from diffalign.rewards import Reward
+from diffalign.rollout import rollout
+
+
+@dataclass
+class Evaluation:
+    """Scored images, in the order of `prompts` (each prompt's images side by side).
+
+    Attributes:
+        images: (N, 3, H, W) uint8 on the host, the pixels that a user would save; every score is of these.
+        scores: reward name -> (N,) float32, NaN where the score failed.
+    """
+
+    prompts: list[Prompt]
+    images: Tensor
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def means(self) -> dict[str, float]:
+        """Each reward's mean over the scores that did not fail."""
+        return {name: float(values.nanmean()) for name, values in self.scores.items()}
+
+
+@torch.no_grad()
+def sample_images(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    eta: float = 0.0,
+    seed: int = 0,
+    num_images_per_prompt: int = 1,
+    batch_size: int = 32,
+) -> Evaluation:
+    """Samples `num_images_per_prompt` images for each prompt, not scored yet.
+
+    The noise of an image depends on (seed, prompt id, image number) alone: the same call before and after training, or from the
+    command line, starts from the same noise whatever the batch size.
+    """
+    named = [(p, i) for p in prompts for i in range(num_images_per_prompt)]
+    schedule = policy.schedule(num_inference_steps)
+    law = default_law(schedule.kind, eta)
+    images, ledger = [], Ledger()
+    for start in range(0, len(named), batch_size):
+        chunk = named[start : start + batch_size]
+        trajectory = rollout(
+            policy,
+            policy.encode([p.text for p, _ in chunk]),
+            law,
+            schedule,
+            rows=[(p.id, i) for p, i in chunk],
+            seed=seed,
+            guidance_scale=guidance_scale,
+        )
+        images.append(media.to_uint8(policy.decode(trajectory.latents)).cpu())
+        ledger.add(trajectory.ledger)
+        ledger.decodes += len(chunk)
+    return Evaluation([p for p, _ in named], torch.cat(images), ledger=ledger)
+
+
+@torch.no_grad()
+def score_images(
+    evaluation: Evaluation, rewards: Mapping[str, Reward], *, device: torch.device | str = "cpu", batch_size: int = 64
+) -> Evaluation:
+    """Adds each reward's scores of the 8-bit images to `evaluation`, which is returned."""
+    for name, reward in rewards.items():
+        values = []
+        for start in range(0, len(evaluation.prompts), batch_size):
+            chunk = evaluation.prompts[start : start + batch_size]
+            pixels = media.from_uint8(evaluation.images[start : start + batch_size]).to(device)
+            score = reward(pixels, [p.text for p in chunk], [p.metadata for p in chunk])
+            values.append(score.value.float().masked_fill(~score.valid, torch.nan).cpu())
+            evaluation.ledger.reward_calls += len(chunk)
+            evaluation.ledger.reward_failures += int((~score.valid).sum())
+        evaluation.scores[name] = torch.cat(values)
+    return evaluation

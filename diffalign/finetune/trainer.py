@@ -1,0 +1,190 @@
+"""The loop that every training method shares: optimiser, gradient step, history.
+
+A method subclasses `Trainer` and writes `accumulate`: from prompts to gradients. What surrounds a run (checkpoints, validation,
+reports) is `diffalign.engine`'s business; a `Trainer` alone is enough in a notebook.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from diffalign.data import Prompt, PromptSampler
+from diffalign.finetune.config import Settings, TrainingConfig
+from diffalign.ledger import Ledger
+from diffalign.policies import Policy
+from diffalign.rewards import Reward, as_reward
+
+Row = dict[str, float]
+
+
+class NonFiniteGradient(RuntimeError):
+    """The gradient of a step is NaN or infinite; the weights are those before the step."""
+
+
+@dataclass
+class History:
+    """The rows that `train` produced, one a step: `history["reward"]` is that metric's list."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __getitem__(self, metric: str) -> list[float]:
+        return [row[metric] for row in self.rows if metric in row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Trainer:
+    """One training method on one policy and one reward.
+
+    Args:
+        policy: the pipeline to train. Without a trainable adapter it gets a LoRA of rank 8 on the attention.
+        reward: a `Reward`, or any function `(images (B, 3, H, W) in [0, 1], prompts, metadata) -> (B,)`.
+        **settings: the fields of `TrainingConfig` and of the method's own config.
+
+    Gradients are summed over processes explicitly after the backward passes. A wrapper such as DistributedDataParallel would
+    see only calls that go through it, and several per backward pass here, so it is not used.
+    """
+
+    config_class: ClassVar[type[Settings]]
+
+    def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
+        shared = {k: settings.pop(k) for k in list(settings) if k in TrainingConfig.model_fields}
+        self.training = TrainingConfig(**shared)
+        self.config = self.config_class(**settings)
+        self.policy = policy
+        self.reward = as_reward(reward).to(policy.device)
+        self.accelerator = Accelerator(mixed_precision=self.training.mixed_precision)
+        if not policy.trainable():
+            policy.add_lora(rank=8, alpha=8)
+        policy.set_gradient_checkpointing(self.training.gradient_checkpointing == "block")
+        self.parameters = list(policy.trainable().values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.training.learning_rate,
+            betas=(self.training.adam_beta1, self.training.adam_beta2),
+            weight_decay=self.training.adam_weight_decay,
+            eps=self.training.adam_epsilon,
+        )
+        self.lr_scheduler = get_scheduler(
+            self.training.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=self.training.lr_warmup_steps,
+            num_training_steps=self.training.max_train_steps,
+        )
+        self.step = 0  # optimiser steps taken
+
+    def accumulate(self, prompts: Sequence[Prompt]) -> tuple[Row, Ledger]:
+        """Adds this process's share of the gradient of the step `self.step`, for `prompts` (this process's own).
+
+        Losses are divided by the number of images of *all* processes, so that the sum over processes is the mean.
+        Returns metrics as sums over this process's images (divided later), and the cost.
+        """
+        raise NotImplementedError
+
+    def train(
+        self,
+        prompts: Sequence[str | Prompt],
+        steps: int | None = None,
+        on_step: Callable[[Row], object] | None = None,
+    ) -> History:
+        """Trains for `steps` optimiser steps (default: up to `max_train_steps`) and returns a row of metrics for each.
+
+        `on_step` is called with each row. `train` continues where the last call ended.
+        """
+        end = self.training.max_train_steps if steps is None else self.step + steps
+        history = History()
+        for row in self.iterate(prompts, end):
+            history.rows.append(row)
+            if on_step is not None:
+                on_step(row)
+        return history
+
+    def iterate(self, prompts: Sequence[str | Prompt], end: int) -> Iterator[Row]:
+        """One row a step, from `self.step` to `end`: between two rows the state is whole and may be saved."""
+        named = [Prompt(p, i, {}) if isinstance(p, str) else p for i, p in enumerate(prompts)]
+        if not named:
+            raise ValueError("prompts is empty; give at least one prompt")
+        sampler = PromptSampler(named, self.training.num_prompts_per_step, self.training.seed)
+        while self.step < end:
+            yield self.take_step(sampler.batch(self.step))
+
+    def take_step(self, prompts: Sequence[Prompt]) -> Row:
+        """One optimiser step on the prompts of all processes; returns its metrics."""
+        started = time.perf_counter()
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if len(prompts) % world:
+            raise ValueError(
+                f"num_prompts_per_step = {len(prompts)} does not divide over {world} processes; use a multiple of {world}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.accelerator.autocast():
+            sums, ledger = self.accumulate(prompts[rank::world])
+        self._sum_gradients()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
+        row = {"step": self.step + 1.0, **self._means(sums), "grad_norm": float(grad_norm)}
+        if not math.isfinite(row["grad_norm"]):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteGradient(
+                f"step {self.step + 1}: the gradient is not finite (loss {row.get('loss', math.nan):.4g}); the weights are "
+                "unchanged. Lower learning_rate or guidance_scale, or use mixed_precision: bf16 instead of a float16 base."
+            )
+        row["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.step += 1
+        ledger.seconds = time.perf_counter() - started
+        images = len(prompts) * self.training.group_size
+        return row | ledger.as_dict() | {"samples_per_s": images / ledger.seconds}
+
+    def _sum_gradients(self) -> None:
+        """Makes every process hold the same gradient, the sum of all: one collective over one flat tensor."""
+        if self.accelerator.num_processes == 1:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), reduction="sum")
+        for p, g in zip(self.parameters, flat.split([g.numel() for g in grads]), strict=True):
+            p.grad = g.view_as(p)
+
+    def _means(self, sums: dict[str, Tensor | float]) -> Row:
+        """Sums over this process's images -> means over all; one read from the device for all metrics."""
+        images = self.training.num_prompts_per_step * self.training.group_size
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.policy.device) for v in sums.values()])
+        values = self.accelerator.reduce(values, reduction="sum") / images
+        row = dict(zip(sums, values.tolist(), strict=True))
+        # Rewards are means over the scores that did not fail.
+        valid = row.pop("reward_valid", 1.0) or math.nan
+        return {name: v / valid if name.startswith("reward") else v for name, v in row.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to be bit-equal: randomness is addressed by step and needs no state."""
+        return {
+            "step": self.step,
+            "adapter": {name: p.detach() for name, p in self.policy.trainable().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parameters = self.policy.trainable()
+        missing = parameters.keys() ^ state["adapter"].keys()
+        if missing:
+            raise ValueError(
+                f"the checkpoint's adapter and this recipe's differ in {len(missing)} tensors, {min(missing)} among them; "
+                "resume with the adapter settings that the checkpoint was written with"
+            )
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(state["adapter"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.step = state["step"]
