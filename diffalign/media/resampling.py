@@ -1,10 +1,10 @@
 """Resizing that is bit-equal to Pillow's and has gradients.
 
-Rewards were trained on images that Pillow resized. Pillow filters along the width, rounds and clips the result to 8
-bits, then filters along the height and rounds again. A tensor resize that leaves the roundings out differs by up to 16
-levels at edges, where the overshoot of the bicubic and Lanczos filters survives the first pass. Here the same two passes
-are done in the same fixed-point arithmetic, and the gradient goes straight through roundings and clips, so it is exactly
-the transpose of the linear filter.
+Rewards were trained on images that Pillow resized. Pillow filters along the width, rounds and clips the result to
+8 bits, then filters along the height and rounds again. A tensor resize that leaves the roundings out differs by up to
+16 levels at edges, where the overshoot of the bicubic and Lanczos filters survives the first pass. Here the same two
+passes are done in the same fixed-point arithmetic, and the gradient goes straight through roundings and clips, so it
+is exactly the transpose of the linear filter.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _LOW_BITS = 11
 def resize(images: Tensor, size: tuple[int, int], filter: Filter = "bicubic", *, rounding: bool = True) -> Tensor:
     """Images (..., H, W) in [0, 1] resized to ``size`` = (height, width), as Pillow resizes their 8-bit pixels.
 
-    The filters widen with the reduction (what other libraries call antialiasing); Pillow has no other mode. The width is
-    always filtered first, as Pillow did while today's rewards were trained; since 2026 it starts with the height where
-    that shrinks much more than the width, which changes the intermediate rounding.
+    The filters widen with the reduction (what other libraries call antialiasing); Pillow has no other mode. The width
+    is always filtered first, as Pillow did while today's rewards were trained; since 2026 it starts with the height
+    where that shrinks much more than the width, which changes the intermediate rounding.
 
     Args:
         images: floating tensor (..., H, W). float16 and bfloat16 are filtered in float32 and come back as float32.
