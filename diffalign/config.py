@@ -1,0 +1,204 @@
+"""The recipe of a run: its settings, and reading one from YAML with everything wrong told at once.
+
+Nothing here imports torch: a wrong recipe is refused before any library or weight is loaded.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PositiveInt, ValidationError, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from diffalign.finetune.config import METHODS, Settings, TrainingConfig
+from diffalign.recipe_file import FileProblem, find_recipe, merge, read_overrides, read_tree
+from diffalign.recipe_problems import Problem, RecipeError, schema_problems
+from diffalign.recipe_references import anchor_paths, check_references, content_hashes
+
+__all__ = ["Problem", "Recipe", "RecipeError", "json_schema", "load_recipe", "write_resolved"]
+
+
+class PipelineConfig(Settings):
+    """The diffusers pipeline to fine-tune."""
+
+    path: str = Field(description="zoo:NAME, a folder with a model_index.json, or a hub id")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str = Field(
+        "auto", description="attention backend, by diffusers' names; auto: the pipeline's own choice"
+    )
+    revision: str | None = Field(default=None, description="of a hub id: branch, tag or commit")
+
+
+class AdapterConfig(Settings):
+    """The low-rank adapter that is trained; it is float32 whatever the pipeline is."""
+
+    type: Literal["lora"] = "lora"
+    rank: PositiveInt = 8
+    alpha: float = Field(default=8, gt=0, description="the adapter is scaled by alpha / rank")
+    target_modules: Literal["attention"] | list[str] = Field(
+        default="attention", description="or the endings of the modules' names"
+    )
+    path: str | None = Field(default=None, description="a folder with a LoRA to start from")
+
+
+def _as_term(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class RewardTerm(Settings):
+    """One reward in the weighted sum that is trained on."""
+
+    name: str = Field(description="a reward's name, or the path of a reward recipe")
+    weight: float = 1.0
+
+
+class RewardsConfig(Settings):
+    """What is trained on, and what only judges."""
+
+    train: list[Annotated[RewardTerm, BeforeValidator(_as_term, json_schema_input_type=RewardTerm | str)]] = Field(
+        min_length=1
+    )
+    heldout: list[str] = Field(default=[], description="rewards that never train; their scores are reported beside")
+
+    @model_validator(mode="after")
+    def _apart(self) -> RewardsConfig:
+        both = {term.name for term in self.train} & set(self.heldout)
+        if both:
+            raise ValueError(
+                f"{min(both)} is in rewards.train and in rewards.heldout; a held-out reward never trains, keep one"
+            )
+        return self
+
+
+class PromptsConfig(Settings):
+    """Prompt files (.txt, one a line, or .jsonl): to train on, to watch and select by, and to judge by once."""
+
+    train: str
+    validation: str
+    test: str
+
+
+class EvaluationConfig(Settings):
+    """How images are sampled for validation and for the final figures; training has its own settings in `method`."""
+
+    num_inference_steps: PositiveInt = Field(default=50, description="default: the method's")
+    guidance_scale: float = Field(default=5.0, ge=0, description="default: the method's")
+    eta: float = Field(default=0.0, ge=0, description="noise of the sampler; 0 is deterministic")
+    num_images_per_prompt: PositiveInt = 1
+    num_validation_prompts: PositiveInt | None = Field(default=64, description="the first so many; null: all")
+    num_test_prompts: PositiveInt | None = Field(default=None, description="the first so many; null: all")
+    validation_steps: PositiveInt = Field(default=10, description="training steps from one validation to the next")
+    batch_size: PositiveInt = Field(default=32, description="images at a time; changes no result beyond rounding")
+
+
+class _MethodUnion:
+    """The settings of the method in METHODS that the key `name` says; `Recipe.model_rebuild` sees new ones."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {name: handler.generate_schema(config) for name, config in METHODS.items()}
+        return core_schema.tagged_union_schema(choices, discriminator="name")
+
+
+class Recipe(TrainingConfig):
+    """A whole run. The settings of the training loop are at the top level, as in diffusers' training scripts.
+
+    Paths are absolute, `zoo:` and `prompts:` names stay as they are; `diffalign.registry.resolve_data` reads both.
+    """
+
+    pipeline: PipelineConfig
+    adapter: AdapterConfig = AdapterConfig()
+    method: Annotated[Settings, _MethodUnion]
+    rewards: RewardsConfig
+    prompts: PromptsConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str = Field(description="folder of the run, relative to the working directory")
+    checkpointing_steps: PositiveInt = 50
+    checkpoints_total_limit: PositiveInt | None = Field(default=2, description="older ones are removed; null: keep all")
+    resume_from_checkpoint: str | None = Field(default=None, description="latest, or the folder of a checkpoint")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_as_trained(cls, data: Any) -> Any:
+        """Fills in steps and guidance of the evaluation from the method, where the recipe leaves them open."""
+        if not isinstance(data, dict):
+            return data
+        method, evaluation = data.get("method"), data.get("evaluation", {})
+        if not isinstance(method, dict) or method.get("name") not in METHODS or not isinstance(evaluation, dict):
+            return data
+        fields = METHODS[method["name"]].model_fields
+        shared = {
+            key: method.get(key, fields[key].default)
+            for key in ("num_inference_steps", "guidance_scale")
+            if key in fields
+        }
+        return data | {"evaluation": shared | evaluation}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads, completes and checks a recipe.
+
+    Args:
+        path: a YAML file, or the name of a recipe that ships with the package.
+        overrides: `key.sub=value`, values in YAML; digits index lists. Paths in them start from the working directory.
+
+    Raises:
+        RecipeError: with every problem: keys, types, ranges, names that nothing answers to, missing files.
+    """
+    try:
+        file = find_recipe(path, Path.cwd())
+        tree = read_tree(file, anchor_paths)
+        over = read_overrides(overrides)
+        anchor_paths(over, Path.cwd())
+        tree = merge(tree, over)
+    except FileProblem as problem:
+        raise RecipeError(str(path), [Problem(problem.key, str(problem))]) from None
+    problems = check_references(tree)
+    try:
+        recipe = Recipe.model_validate(tree, strict=True)  # strict: the text "4" is no number
+    except ValidationError as error:
+        raise RecipeError(str(path), schema_problems(Recipe, tree, error) + problems) from None
+    if problems:
+        raise RecipeError(str(path), problems)
+    return recipe
+
+
+def write_resolved(recipe: Recipe, path: Path) -> None:
+    """Writes the whole recipe, defaults included, as YAML that `load_recipe` reads again.
+
+    Under the key `recorded`, which reading ignores, stand the versions of the libraries and the sha256 of every file
+    that the recipe points to.
+    """
+    tree = recipe.model_dump(mode="json")
+    recorded = {"versions": _versions(), "sha256": content_hashes(tree)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        yaml.safe_dump(tree | {"recorded": recorded}, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout that was not installed
+            continue
+    return versions
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a recipe file, for editors: `extends` is known, and no key is required beside it."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "a recipe under this one: a path or a shipped name",
+    }
+    del schema["required"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema

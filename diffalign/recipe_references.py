@@ -1,0 +1,161 @@
+"""What a recipe points to: paths made absolute, names and files checked before anything is loaded, contents hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from diffalign.recipe_problems import Problem, suggest
+from diffalign.registry import UnknownName, data_root, resolve_data
+
+SPLITS = ("train", "validation", "test")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def anchor_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Makes the relative paths of a recipe's tree absolute, in place, as seen from the folder of its file.
+
+    Names of what ships (`zoo:`, `prompts:`), hub ids and reward names stay. `output_dir` stays too: runs go to the
+    working directory, not beside a recipe that may lie in an installed package.
+    """
+    folder = folder.resolve()
+    for section, key in (("pipeline", "path"), ("adapter", "path"), *(("prompts", split) for split in SPLITS)):
+        values = tree.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str) and not _is_name(section, values[key], folder):
+            values[key] = str(folder / Path(values[key]).expanduser())
+    if isinstance(tree.get("rewards"), dict):
+        for name in ("train", "heldout"):
+            _anchor_rewards(tree["rewards"].get(name), folder)
+    asked = tree.get("resume_from_checkpoint")
+    if isinstance(asked, str) and asked != "latest":
+        tree["resume_from_checkpoint"] = str(folder / Path(asked).expanduser())
+
+
+def _is_name(section: str, value: str, folder: Path) -> bool:
+    if value.startswith(("zoo:", "prompts:")):
+        return True
+    return section == "pipeline" and _HUB_ID.fullmatch(value) is not None and not (folder / value).exists()
+
+
+def _anchor_rewards(terms: Any, folder: Path) -> None:
+    """Reward recipes named by file, in a list (of a recipe) or in a mapping from indices (of overrides)."""
+    places = terms.items() if isinstance(terms, dict) else enumerate(terms) if isinstance(terms, list) else ()
+    for place, term in list(places):
+        if _is_reward_file(term):
+            terms[place] = str(folder / Path(term).expanduser())
+        elif isinstance(term, dict) and _is_reward_file(term.get("name")):
+            term["name"] = str(folder / Path(term["name"]).expanduser())
+
+
+def _is_reward_file(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith((".yaml", ".yml"))
+
+
+def check_references(tree: dict[str, Any]) -> list[Problem]:
+    """Names that nothing answers to, files that are not there and packages that are not installed.
+
+    Values of the wrong type are skipped here; the schema tells them.
+    """
+    problems: list[Problem] = []
+    for key, value in _texts(tree):
+        message = _wrong(key, value)
+        if message:
+            problems.append(Problem(f"{key} = {value}", message))
+    return problems
+
+
+def _texts(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The (key, value) of every reference in the tree."""
+    found: list[tuple[str, Any]] = []
+    for section, names in {"pipeline": ("path",), "adapter": ("path",), "prompts": SPLITS}.items():
+        found += [(f"{section}.{name}", _section(tree, section).get(name)) for name in names]
+    for kind in ("train", "heldout"):
+        for i, term in enumerate(_items(_section(tree, "rewards").get(kind))):
+            found.append((f"rewards.{kind}.{i}", term.get("name") if isinstance(term, dict) else term))
+    found += [(f"report_to.{i}", name) for i, name in enumerate(_items(tree.get("report_to")))]
+    asked = tree.get("resume_from_checkpoint")
+    found.append(("resume_from_checkpoint", None if asked == "latest" else asked))
+    yield from ((key, value) for key, value in found if isinstance(value, str))
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    value = tree.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _wrong(key: str, value: str) -> str | None:
+    if key.startswith("rewards."):
+        return _wrong_reward(value)
+    if key.startswith("report_to."):
+        if value in ("wandb", "trackio") and importlib.util.find_spec(value) is None:
+            return f"{value} is not installed: pip install 'diffalign[tracking]', or report to tensorboard"
+        return None
+    if key == "pipeline.path" and _HUB_ID.fullmatch(value):
+        return None  # a hub id; whether it is there only the hub knows
+    try:
+        path = resolve_data(value, Path.cwd())
+    except UnknownName as error:
+        return str(error)
+    if key == "pipeline.path":
+        if not path.is_dir():
+            return "is no folder: give zoo:NAME, a folder with a model_index.json, or a hub id such as owner/name"
+        return (
+            None if (path / "model_index.json").is_file() else "is no diffusers pipeline: model_index.json is missing"
+        )
+    if key == "adapter.path":
+        file = path / "pytorch_lora_weights.safetensors"
+        return None if file.is_file() else "holds no LoRA: pytorch_lora_weights.safetensors is missing"
+    if key == "resume_from_checkpoint":
+        return None if path.is_dir() else "is no folder: give a folder such as RUN/checkpoints/step-000010, or latest"
+    if not path.is_file():
+        return "does not exist: give prompts:NAME, or a file of prompts (.txt, one a line, or .jsonl)"
+    return None if path.suffix in (".txt", ".jsonl") else f"has the suffix '{path.suffix}': prompts are .txt or .jsonl"
+
+
+def _wrong_reward(name: str) -> str | None:
+    if _is_reward_file(name):
+        return None if Path(name).is_file() else "does not exist: give a reward's name, or the file of a reward recipe"
+    known = reward_names()
+    return None if name.casefold() in known else f"is no known reward: {suggest(name, known)}"
+
+
+def reward_names() -> list[str]:
+    """Every reward by name, without importing one: recipes that ship, entry points, what a plug-in registered."""
+    names = {path.stem for path in data_root("rewards").glob("*.yaml")}
+    names |= {entry.name.casefold() for entry in entry_points(group="diffalign.rewards")}
+    loaded = sys.modules.get("diffalign.rewards")
+    registry = getattr(loaded, "REWARDS", None)
+    return sorted(names | set(registry.names() if registry is not None else ()))
+
+
+def content_hashes(tree: dict[str, Any]) -> dict[str, str]:
+    """sha256 of every file or folder that a recipe's tree points to, by key; a hub id has its revision instead."""
+    hashes = {}
+    for key, value in _texts(tree):
+        if key.startswith(("report_to", "resume_from")) or (key == "pipeline.path" and _HUB_ID.fullmatch(value)):
+            continue
+        path = data_root("rewards") / f"{value.casefold()}.yaml" if key.startswith("rewards.") else Path(value)
+        path = resolve_data(path if _is_reward_file(str(path)) else value, Path.cwd())
+        if path.exists():
+            hashes[key] = sha256(path)
+    return hashes
+
+
+def sha256(path: Path) -> str:
+    """Of a file its sha256; of a folder that of the JSON of its files' relative paths and sha256, in order."""
+    if path.is_dir():
+        listing = {p.relative_to(path).as_posix(): sha256(p) for p in sorted(path.rglob("*")) if p.is_file()}
+        return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
