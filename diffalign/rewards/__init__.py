@@ -1,0 +1,37 @@
+"""Scorers of images: `load` one by name, make one of any function, add and scale them."""
+
+from diffalign.rewards.base import (
+    FunctionReward,
+    Reward,
+    Score,
+    WeightedSum,
+    as_reward,
+    check_gradient,
+    weighted_sum,
+)
+from diffalign.rewards.recipe import (
+    REWARD_TYPES,
+    REWARDS,
+    RewardRecipe,
+    load,
+    read_recipe,
+    reward_names,
+    shipped_recipes,
+)
+
+__all__ = [
+    "REWARDS",
+    "REWARD_TYPES",
+    "FunctionReward",
+    "Reward",
+    "RewardRecipe",
+    "Score",
+    "WeightedSum",
+    "as_reward",
+    "check_gradient",
+    "load",
+    "read_recipe",
+    "reward_names",
+    "shipped_recipes",
+    "weighted_sum",
+]

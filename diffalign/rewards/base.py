@@ -1,0 +1,294 @@
+"""What a reward is: images and prompts in, a score for each sample out, and a failed score is never a number."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Metadata = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Scores of B samples.
+
+    Attributes:
+        value: (B,) float, NaN where ``valid`` is false.
+        valid: (B,) bool. An invalid sample leaves its group; it is counted, not replaced by a number.
+        parts: reward name -> (B,), what ``value`` was made of. A single reward has itself as its only part.
+        sigma: (B,) the scorer's own standard deviation, or None where it states none.
+        reasons: index of an invalid sample -> why it failed.
+    """
+
+    value: Tensor
+    valid: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    sigma: Tensor | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+class Reward:
+    """A scorer of images. Subclasses set ``name`` and ``differentiable`` and write ``values``.
+
+    Rewards add, subtract and scale: ``0.5 * load("a") - load("b")`` is a `WeightedSum` whose score holds each part.
+    """
+
+    name: str
+    differentiable: bool = False
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Raw scores (B,) of images (B, 3, H, W) in [0, 1]. Exceptions, NaN and infinities become failed scores."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the scorer's weights; rewards without weights score where the images are."""
+        return self
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
+        """Scores images (B, 3, H, W), float in [0, 1], for their prompts.
+
+        A batch that raises is scored again one by one, and a score that is NaN or infinite is left out, so that one
+        bad sample costs its own score and no other. Gradients reach the images of valid samples.
+
+        Raises:
+            TypeError, ValueError: the input breaks the pixel contract, or the counts differ; never a failed score.
+        """
+        prompts, metadata = list(prompts), list(metadata) if metadata is not None else [{} for _ in prompts]
+        _check_input(images, prompts, metadata)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+            value, reasons = self._score_rows(images, prompts, metadata)
+        valid = torch.ones(len(prompts), dtype=torch.bool, device=value.device)
+        valid[list(reasons)] = False
+        self._tell(reasons)
+        return Score(value, valid, {self.name: value.detach()}, reasons=reasons)
+
+    def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
+        """(values with NaN where they failed, why they failed)."""
+        try:
+            value = self._checked_values(images, prompts, metadata)
+        except Exception as error:
+            # Any scorer may fail in any way, and a run of days must survive it. KeyboardInterrupt passes.
+            if len(prompts) == 1:
+                return torch.full((1,), math.nan, device=images.device), {0: f"{type(error).__name__}: {error}"}
+            single = (slice(i, i + 1) for i in range(len(prompts)))
+            rows = [self._score_rows(images[i], prompts[i], metadata[i]) for i in single]
+            reasons = {i: found[0] for i, (_, found) in enumerate(rows) if found}
+            return torch.cat([value for value, _ in rows]), reasons
+        finite = value.detach().isfinite()
+        if bool(finite.all()):
+            return value, {}
+        reasons = {i: f"the score is {value[i].item()}" for i in range(len(prompts)) if not finite[i]}
+        if value.requires_grad:
+            # 0 * NaN is NaN in a backward pass too, so the finite scores are computed again without the others.
+            value = self._recompute(finite, images, prompts, metadata, value.dtype)
+        return value.masked_fill(~finite, math.nan), reasons
+
+    def _recompute(
+        self, keep: Tensor, images: Tensor, prompts: list[str], metadata: list[dict], dtype: torch.dtype
+    ) -> Tensor:
+        value = torch.full((len(prompts),), math.nan, dtype=dtype, device=images.device)
+        index = keep.nonzero().flatten().to(images.device)
+        if not len(index):
+            return value
+        rows = index.tolist()
+        kept = self._checked_values(images[index], [prompts[i] for i in rows], [metadata[i] for i in rows])
+        return value.index_copy(0, index, kept.to(value))
+
+    def _checked_values(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        value = torch.as_tensor(self.values(images, prompts, metadata)).to(images.device)
+        if value.shape != (len(prompts),):
+            raise ValueError(
+                f"reward {self.name!r} returned shape {tuple(value.shape)} for {len(prompts)} images: "
+                f"it must return one score for each, shape ({len(prompts)},)."
+            )
+        return value if value.dtype == torch.float64 else value.float()
+
+    def _tell(self, reasons: dict[int, str]) -> None:
+        if reasons and not getattr(self, "_told", False):
+            self._told = True
+            logger.warning(
+                "reward %r failed on %d sample(s); the first: %s. Failed samples are left out and counted as "
+                "reward_failures; this is said once.",
+                self.name,
+                len(reasons),
+                next(iter(reasons.values())),
+            )
+
+    def __mul__(self, weight: float) -> WeightedSum:
+        return WeightedSum([(self, weight)]) if isinstance(weight, int | float) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Reward) -> WeightedSum:
+        return WeightedSum([(self, 1.0), (other, 1.0)]) if isinstance(other, Reward) else NotImplemented
+
+    def __sub__(self, other: Reward) -> WeightedSum:
+        return WeightedSum([(self, 1.0), (other, -1.0)]) if isinstance(other, Reward) else NotImplemented
+
+    def __neg__(self) -> WeightedSum:
+        return WeightedSum([(self, -1.0)])
+
+
+class WeightedSum(Reward):
+    """sum_k w_k r_k. A sample is valid where every part is. Sums inside are flattened, equal parts collected.
+
+    The parts' scales are their own: weights mean something only beside them.
+    """
+
+    def __init__(self, terms: Sequence[tuple[Reward, float]], name: str | None = None) -> None:
+        collected: dict[str, tuple[Reward, float]] = {}
+        for reward, weight in _flatten(terms):
+            known, sum_of_weights = collected.get(reward.name, (reward, 0.0))
+            if known is not reward:
+                raise ValueError(f"two rewards of the sum are named {reward.name!r}: give one of them another name.")
+            collected[reward.name] = (reward, sum_of_weights + weight)
+        if not collected:
+            raise ValueError("a sum of rewards needs at least one reward.")
+        self.terms = list(collected.values())
+        self.name = name or " + ".join(
+            reward.name if weight == 1 else f"{weight:g}*{reward.name}" for reward, weight in self.terms
+        )
+        self.differentiable = all(reward.differentiable for reward, _ in self.terms)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves every part."""
+        for reward, _ in self.terms:
+            reward.to(device)
+        return self
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
+        """Scores each part once and adds."""
+        scores = [(weight, reward(images, prompts, metadata)) for reward, weight in self.terms]
+        parts: dict[str, Tensor] = {}
+        reasons: dict[int, str] = {}
+        for (reward, _), (_, score) in zip(self.terms, scores, strict=True):
+            parts |= score.parts
+            for index, reason in score.reasons.items():
+                reasons.setdefault(index, f"{reward.name}: {reason}")
+        value = sum(weight * score.value for weight, score in scores)
+        valid = torch.stack([score.valid for _, score in scores]).all(dim=0)
+        return Score(value.masked_fill(~valid, math.nan), valid, parts, reasons=reasons)
+
+
+def _flatten(terms: Sequence[tuple[Reward, float]]) -> list[tuple[Reward, float]]:
+    flat = []
+    for reward, weight in terms:
+        if not math.isfinite(weight):
+            raise ValueError(f"weight {weight} of reward {reward.name!r} is not finite.")
+        inner = reward.terms if isinstance(reward, WeightedSum) else [(reward, 1.0)]
+        flat += [(part, weight * factor) for part, factor in inner]
+    return flat
+
+
+def weighted_sum(terms: Sequence[tuple[Reward, float]]) -> Reward:
+    """sum_k w_k r_k of (reward, weight) pairs; one reward of weight 1 stays itself."""
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0]
+    return WeightedSum(terms)
+
+
+class FunctionReward(Reward):
+    """A reward from a plain function; see `as_reward`."""
+
+    def __init__(self, function: Callable[..., Any], name: str, differentiable: bool) -> None:
+        self.function = function
+        self.name = name
+        self.differentiable = differentiable
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Calls the function; numbers and arrays become a tensor beside the images."""
+        result = self.function(images, prompts, metadata)
+        return result if isinstance(result, Tensor) else torch.as_tensor(result, device=images.device)
+
+
+def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, differentiable: bool = True) -> Reward:
+    """Any function ``(images (B, 3, H, W) in [0, 1], prompts, metadata) -> (B,)`` as a `Reward`; a `Reward` as it is.
+
+    Args:
+        reward: the function. It may return a tensor, an array or a list of numbers.
+        name: default: the function's own name.
+        differentiable: whether gradients flow from its scores to the images; `check_gradient` proves it.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if not callable(reward):
+        raise TypeError(f"reward {reward!r} is neither a Reward nor a function (images, prompts, metadata) -> scores.")
+    name = name or getattr(reward, "__name__", type(reward).__name__)
+    try:
+        inspect.signature(reward).bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(f"reward {name!r} must take (images, prompts, metadata): {error}.") from None
+    except ValueError:
+        pass  # a compiled function that does not tell its parameters
+    return FunctionReward(reward, name, differentiable)
+
+
+def _check_input(images: Tensor, prompts: list[str], metadata: list[dict]) -> None:
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images are {kind}: rewards take float tensors in [0, 1]; see media.from_uint8 and from_pil.")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}: rewards take (B, 3, H, W).")
+    if not len(images) == len(prompts) == len(metadata):
+        raise ValueError(
+            f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata: the counts must be equal."
+        )
+    if images.numel() == 0:
+        raise ValueError(f"images have shape {tuple(images.shape)}: there is nothing to score.")
+    low, high = (float(x) for x in images.detach().aminmax())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"images reach from {low:.3g} to {high:.3g}: rewards take pixels in [0, 1] and never rescale.")
+
+
+def check_gradient(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+    """Proves at start-up that a reward's gradient reaches the images.
+
+    Args:
+        reward: the reward whose word is to be proved.
+        images: (B, 3, H, W) in [0, 1], typical ones, such as the untrained policy's.
+        prompts: B prompts.
+        metadata: B dicts, or None.
+
+    Returns:
+        (B,) the Euclidean norm of each sample's gradient d value_b / d images_b.
+
+    Raises:
+        ValueError: a score failed, carries no gradient, or the gradient is not finite or zero for every sample.
+    """
+    if not reward.differentiable:
+        raise ValueError(f"reward {reward.name!r} is not differentiable: use a method that needs no reward gradient.")
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = images.detach().clone().requires_grad_()
+        score = reward(leaf, prompts, metadata)
+        total = score.value.sum()
+    if not score.valid.all():
+        index, reason = next(iter(score.reasons.items()))
+        raise ValueError(f"reward {reward.name!r} failed on image {index} of the start-up check: {reason}.")
+    if not total.requires_grad:
+        raise ValueError(
+            f"reward {reward.name!r} says that it is differentiable, but its scores carry no gradient: somewhere it "
+            "leaves torch (Pillow, numpy, .item()), detaches or runs under no_grad. Keep the images in torch from end "
+            "to end, or declare it differentiable=False."
+        )
+    gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0]
+    norms = torch.zeros(len(leaf)) if gradient is None else gradient.flatten(1).norm(dim=1)
+    if not norms.isfinite().all():
+        raise ValueError(f"reward {reward.name!r} has a gradient that is not finite on images of the start-up check.")
+    if not (norms > 0).any():
+        raise ValueError(
+            f"reward {reward.name!r} has a gradient of zero on every image of the start-up check: it rounds, clips or "
+            "saturates before it returns."
+        )
+    return norms

@@ -1,0 +1,91 @@
+"""Prompt files as users write them, errors that point at the line, and a sampler that depends on nothing but its address."""
+
+import collections
+
+import pytest
+
+from diffalign.data import Prompt, PromptSampler, read_prompts
+
+
+def test_text_file(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa red circle\r\n\n  ein grüner Würfel \na red circle".encode())
+    assert read_prompts(tmp_path / "p.txt") == [
+        Prompt("a red circle", 0),
+        Prompt("ein grüner Würfel", 2),
+        Prompt("a red circle", 3),  # repeated, with its own id
+    ]
+
+
+def test_json_lines_with_metadata(tmp_path):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "two cats", "count": 2, "tags": ["a"]}\n{"prompt": "a\\u2028dog", "id": "dog-7"}\n',
+        encoding="utf-8",
+    )
+    assert read_prompts(str(tmp_path / "p.jsonl")) == [
+        Prompt("two cats", 0, {"count": 2, "tags": ["a"]}),
+        Prompt("a\u2028dog", "dog-7"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"prompt": "a"}\n{"prompt": 3}', "line 2: prompt is 3"),
+        (b'{"prompt": "a"}\n\n{"text": "b"}', "line 3: prompt is None"),
+        (b'{"prompt": "  "}', "line 1: prompt is '  '"),
+        (b'{"prompt": "a"', "line 1: Expecting"),
+        (b'["a"]', "line 1: expected an object"),
+        (b'{"prompt": "a"}\n\xff\xfe', "line 2: 'utf-8' codec"),
+        (b'{"prompt": "a", "id": 1}\n{"prompt": "b"}', "line 2: the id 1 is already taken"),
+        (b'{"prompt": "a", "id": true}', "line 1: id is True"),
+        (b"[" * 100_000, "line 1: "),
+        (b"\n \n", "holds no prompt"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, content, words):
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_prompts(tmp_path / "p.jsonl")
+    assert "p.jsonl" in str(caught.value)
+
+
+def test_other_paths_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "p.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"not \.csv"):
+        read_prompts(tmp_path / "p.csv")
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"prompt {i % 3}", i) for i in range(count)]
+
+
+def test_an_epoch_sees_each_prompt_once():
+    sampler = PromptSampler(prompts(12), 4, seed=3)
+    epochs = [[p.id for step in range(3 * e, 3 * e + 3) for p in sampler.batch(step)] for e in range(2)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != list(range(12))
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    sampler = PromptSampler(prompts(10), 3, seed=0)
+    forwards = [sampler.batch(step) for step in range(20)]
+    again = PromptSampler(prompts(10), 3, seed=0)
+    assert [again.batch(step) for step in reversed(range(20))] == forwards[::-1]
+    assert [PromptSampler(prompts(10), 3, seed=1).batch(step) for step in range(20)] != forwards
+    assert all(len({p.id for p in batch}) == 3 for batch in forwards)  # nothing twice in one step
+
+
+def test_what_is_left_over_gets_its_turn():
+    sampler = PromptSampler(prompts(5), 2, seed=0)
+    seen = collections.Counter(p.id for step in range(400) for p in sampler.batch(step))
+    assert min(seen.values()) > 130  # 160 each on average, standard deviation below 6
+    assert sum(seen.values()) == 800
+
+
+@pytest.mark.parametrize("count", [0, 6])
+def test_too_many_prompts_a_step(count):
+    with pytest.raises(ValueError, match=f"num_prompts_per_step = {count} with 5 prompts"):
+        PromptSampler(prompts(5), count, seed=0)
