@@ -15,10 +15,10 @@ _libraries: list[Any] = []  # torch drops the schemas of a Library that is colle
 def ensure_torchvision() -> Literal["absent", "native", "repaired"]:
     """Makes an installed torchvision importable beside a torch without CUDA. Call it before diffusers or transformers.
 
-    The torchvision wheel of PyPI is built for CUDA (0.28.0, November 2026). Beside a CPU torch its compiled part fails to
-    load, the import ends with `operator torchvision::nms does not exist`, and transformers, peft, diffusers, timm and
-    open_clip, which see it as installed, die with it. Its Python part, the transforms, needs only the two schemas that
-    are declared here. What stays missing is box suppression, video and its own image files: none is used here.
+    The torchvision wheel of PyPI is built for CUDA (0.28.0, November 2026). Beside a CPU torch its compiled part fails
+    to load, the import ends with `operator torchvision::nms does not exist`, and transformers, peft, diffusers, timm
+    and open_clip, which see it as installed, die with it. Its Python part, the transforms, needs only the two schemas
+    that are declared here. What stays missing is box suppression, video and its own image files: none is used here.
 
     Returns:
         "absent": not installed, which all but open_clip and timm are content with; "native": it works as it is;

@@ -5,9 +5,7 @@ Nothing here imports torch: a wrong recipe is refused before any library or weig
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +17,7 @@ from diffalign.finetune.config import METHODS, Settings, TrainingConfig
 from diffalign.recipe_file import FileProblem, find_recipe, merge, read_overrides, read_tree
 from diffalign.recipe_problems import Problem, RecipeError, schema_problems
 from diffalign.recipe_references import anchor_paths, check_references, content_hashes
+from diffalign.versions import versions
 
 __all__ = ["Problem", "Recipe", "RecipeError", "json_schema", "load_recipe", "write_resolved"]
 
@@ -176,21 +175,11 @@ def write_resolved(recipe: Recipe, path: Path) -> None:
     that the recipe points to.
     """
     tree = recipe.model_dump(mode="json")
-    recorded = {"versions": _versions(), "sha256": content_hashes(tree)}
+    recorded = {"versions": versions(), "sha256": content_hashes(tree)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         yaml.safe_dump(tree | {"recorded": recorded}, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout that was not installed
-            continue
-    return versions
 
 
 def json_schema() -> dict[str, Any]:

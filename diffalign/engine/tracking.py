@@ -1,0 +1,95 @@
+"""The metrics of a run: one JSON row a step in `metrics.jsonl`, and the trackers that a recipe reports to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writes rows to `output_dir/metrics.jsonl` and to trackers, on the main process only.
+
+    Args:
+        output_dir: the run's folder.
+        report_to: names of accelerate's trackers; tensorboard writes to `output_dir/tensorboard`.
+        resume_step: rows after this step are dropped, so that the steps which are done again are not there twice. 0:
+        all. accelerator: of the run; its trackers are started here and ended by `close`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        report_to: Sequence[str] = (),
+        *,
+        resume_step: int = 0,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self._file: TextIO | None = None
+        self._accelerator = accelerator or Accelerator()
+        if report_to:
+            folder = str(Path(output_dir) / "tensorboard")
+            self._accelerator.project_configuration.logging_dir = folder
+            self._accelerator.log_with = filter_trackers(list(report_to), logging_dir=folder)
+            purge = {"tensorboard": {"purge_step": resume_step + 1}} if resume_step else {}
+            self._accelerator.init_trackers("diffalign", init_kwargs=purge)
+        if self._accelerator.is_main_process:
+            path = Path(output_dir) / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            truncate(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes one row; it has a `step`. Numbers that are not finite become null, which JSON can hold.
+
+        The row is on disk when this returns: a step takes much longer than the sync, and a checkpoint of this step,
+        which is synced too, must find its row after a power cut.
+        """
+        if self._file is not None:
+            self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        scalars = {key: value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+        self._accelerator.log(scalars, step=int(row["step"]))
+
+    def close(self) -> None:
+        """Closes the file and the trackers."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        if self._file is not None:
+            self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics file; a last line that a crash cut off is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        rows.append(json.loads(line))
+    return rows
+
+
+def truncate(path: Path, step: int) -> None:
+    """Leaves the rows up to `step`, none for step 0, in one operation: a crash leaves the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if step and row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
