@@ -1,0 +1,156 @@
+"""Reward backpropagation against what must hold: the gradient of its own loss, and a reward that rises."""
+
+import math
+
+import pytest
+import torch
+
+from diffalign.finetune import RewardBackprop
+from diffalign.finetune.trainer import NonFiniteGradient
+from diffalign.policies import Policy
+from tests.tiny import tiny_sd, tiny_sd3
+
+PROMPTS = ["a red circle", "a blue square", "a green star", "a red circle"]
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def trainer(make=tiny_sd, reward=redness, **settings):
+    torch.manual_seed(0)
+    settings = {"num_inference_steps": 4, "guidance_scale": 2.0, "num_prompts_per_step": 4} | settings
+    policy = Policy.wrap(make())
+    policy.add_lora(rank=2, alpha=2)
+    return RewardBackprop(policy, reward, **settings)
+
+
+def perturb(policy):
+    """Moves the adapter off its zero initialisation, where half of its gradients vanish."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.trainable().values():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+
+
+def gradient(make=tiny_sd, **settings):
+    """The flat gradient of one step on PROMPTS, not clipped and not applied."""
+    t = trainer(make, **settings)
+    perturb(t.policy)
+    from diffalign.data import Prompt
+
+    sums, ledger = t.accumulate([Prompt(text, i, {}) for i, text in enumerate(PROMPTS)])
+    return torch.cat([p.grad.flatten() for p in t.parameters]), sums, ledger
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
+@pytest.mark.parametrize("kind", [{"kind": "last_k", "k": 2}, {"kind": "drtune", "k": 2}, {"kind": "random_k", "high": 3}])
+def test_micro_batches_do_not_change_the_gradient(make, kind):
+    whole, sums, ledger = gradient(make, gradient=kind)
+    split, split_sums, split_ledger = gradient(make, gradient=kind, micro_batch_size=1)
+    torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-6 * float(whole.abs().max()) + 1e-9)
+    torch.testing.assert_close(split_sums["loss"], sums["loss"], rtol=1e-5, atol=1e-6)
+    assert split_ledger.as_dict() | {"seconds": 0, "peak_memory_bytes": 0} == ledger.as_dict() | {
+        "seconds": 0,
+        "peak_memory_bytes": 0,
+    }
+
+
+@pytest.mark.parametrize("checkpointing", ["step", "block"])
+def test_gradient_checkpointing_does_not_change_the_gradient(checkpointing):
+    plain, _, _ = gradient(gradient={"kind": "full"}, gradient_checkpointing="none")
+    recomputed, _, _ = gradient(gradient={"kind": "full"}, gradient_checkpointing=checkpointing)
+    torch.testing.assert_close(recomputed, plain, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
+def test_the_reward_rises_on_the_training_prompts(make):
+    history = trainer(make, learning_rate=3e-3, gradient={"kind": "last_k", "k": 2}).train(PROMPTS, steps=12)
+    assert len(history) == 12
+    assert sum(history["reward"][-3:]) / 3 > sum(history["reward"][:3]) / 3
+    assert [row["step"] for row in history.rows] == list(range(1, 13))
+
+
+def test_hinge_stops_pushing_past_its_target():
+    """With the target below every reward the hinge is flat: zero loss, zero gradient, unmoved weights (no decay)."""
+    t = trainer(loss="hinge", target=-10.0, adam_weight_decay=0.0)
+    before = [p.clone() for p in t.parameters]
+    history = t.train(PROMPTS, steps=2)
+    assert history["loss"] == [0.0, 0.0]
+    assert history["grad_norm"] == [0.0, 0.0]
+    assert all(torch.equal(p, q) for p, q in zip(t.parameters, before, strict=True))
+
+
+def test_target_loss_is_the_distance_to_the_target():
+    t = trainer(loss="target", target=0.5)
+    torch.testing.assert_close(t.loss(torch.tensor([0.2, 0.9])), torch.tensor([0.3, 0.4]))
+
+
+def test_distance_to_the_reference_starts_at_zero_and_is_felt():
+    """The adapter starts as the identity: distance 0. A heavy weight keeps the policy nearer than none."""
+    free = trainer(learning_rate=3e-3, kl_weight=0.0, gradient={"kind": "last_k", "k": 1})
+    held = trainer(learning_rate=3e-3, kl_weight=100.0, gradient={"kind": "last_k", "k": 1})
+    held_history = held.train(PROMPTS, steps=8)
+    free.train(PROMPTS, steps=8)
+    assert held_history["prediction_mse"][0] == 0.0
+    weight = [sum(float(p.square().sum()) for n, p in t.policy.trainable().items() if "lora_B" in n) for t in (free, held)]
+    assert weight[1] < weight[0]
+
+
+def test_failed_scores_leave_the_gradient_and_are_counted():
+    def sometimes(images, prompts, metadata):
+        value = redness(images, prompts, metadata)
+        return torch.where(torch.tensor([p == "a green star" for p in prompts]), torch.nan, value)
+
+    sound, _, _ = gradient()
+    holed, sums, ledger = gradient(reward=sometimes)
+    assert torch.isfinite(holed).all()
+    assert not torch.equal(holed, sound)
+    assert ledger.reward_failures == 1
+    assert float(sums["reward_valid"]) == 3
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights():
+    def explodes(images, prompts, metadata):
+        return images.mean((1, 2, 3)) * torch.finfo(torch.float32).max * 10.0
+
+    t = trainer(reward=explodes)
+    before = [p.clone() for p in t.parameters]
+    with pytest.raises((NonFiniteGradient, ValueError), match="not finite|failed"):
+        t.train(PROMPTS, steps=1)
+    assert all(torch.equal(p, q) for p, q in zip(t.parameters, before, strict=True))
+
+
+def test_a_reward_without_gradient_is_refused_in_words():
+    class Black:
+        pass
+
+    from diffalign.rewards import as_reward
+
+    black_box = as_reward(lambda images, prompts, metadata: images.detach().mean((1, 2, 3)), differentiable=False)
+    with pytest.raises(ValueError, match="not differentiable"):
+        trainer(reward=black_box)
+
+
+def test_resumed_training_equals_uninterrupted_training():
+    settings = {"learning_rate": 3e-3, "gradient": {"kind": "random_k", "high": 3}, "eta": 1.0}
+    whole = trainer(**settings)
+    rows = whole.train(PROMPTS, steps=4).rows
+    first = trainer(**settings)
+    first.train(PROMPTS, steps=2)
+    state = first.state_dict()
+    second = trainer(**settings)
+    perturb(second.policy)
+    second.load_state_dict(state)
+    resumed = second.train(PROMPTS, steps=2).rows
+    for p, q in zip(second.parameters, whole.parameters, strict=True):
+        assert torch.equal(p, q)
+    clocks = {"seconds", "samples_per_s", "peak_memory_bytes"}
+    for ours, theirs in zip(resumed, rows[2:], strict=True):
+        assert {k: v for k, v in ours.items() if k not in clocks} == {k: v for k, v in theirs.items() if k not in clocks}
+
+
+def test_learning_rate_schedule_is_followed():
+    t = trainer(lr_scheduler="linear", max_train_steps=4, learning_rate=1e-3)
+    assert t.train(PROMPTS)["learning_rate"] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert math.isclose(t.lr_scheduler.get_last_lr()[0], 0.0, abs_tol=1e-12)
