@@ -32,7 +32,8 @@ class Prompt:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Reads ``.txt``, one prompt a line, or ``.jsonl``, one object a line with ``prompt`` and any metadata.
 
-    The id of a prompt is the index of its line, counted from 0, or its key ``id`` in a ``.jsonl``. Blank lines are skipped.
+    The id of a prompt is the index of its line, counted from 0, or its key ``id`` in a ``.jsonl``. Blank lines are
+    skipped.
 
     Args:
         path: a file, or ``prompts:NAME`` for a set that ships with the package.
@@ -96,8 +97,8 @@ class PromptSampler:
     def __init__(self, prompts: Sequence[Prompt], num_prompts_per_step: int, seed: int) -> None:
         if not 1 <= num_prompts_per_step <= len(prompts):
             raise ValueError(
-                f"num_prompts_per_step = {num_prompts_per_step} with {len(prompts)} prompts: use 1 to {len(prompts)}, and "
-                "group_size for more images of each."
+                f"num_prompts_per_step = {num_prompts_per_step} with {len(prompts)} prompts: use 1 to {len(prompts)}, "
+                "and group_size for more images of each."
             )
         self.prompts = list(prompts)
         self.num_prompts_per_step = num_prompts_per_step

@@ -49,6 +49,8 @@ def _straight_through(x: Tensor, value: Tensor) -> Tensor:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1] to 8 bits: clipped, times 255, rounded half to even as diffusers does. NaN becomes 0."""
+    if not images.is_floating_point():
+        raise TypeError(f"to_uint8 takes floating images in [0, 1], not {images.dtype}.")
     values = images.detach() if images.dtype == torch.float64 else images.detach().float()
     return (values.nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -61,10 +63,11 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [0, 1] as 8-bit RGB Pillow images."""
+    """Images (B, 3, H, W), floating in [0, 1] or 8-bit, as RGB Pillow images."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}: expected (B, 3, H, W).")
-    arrays = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images)
+    arrays = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
 
@@ -107,14 +110,14 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
 
 
 def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
-    """One image, (3, H, W) in [0, 1] or Pillow, written losslessly; folders are made."""
+    """One image, (3, H, W) as for `to_pil` or Pillow, written losslessly; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     (to_pil(image[None])[0] if isinstance(image, Tensor) else image).save(path, format="PNG")
 
 
 def grid(images: Tensor | Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """Images of one size on a white sheet, row by row; as square as it can be unless ``columns`` is given."""
+    """Images of one size (as for `to_pil`, or Pillow) on a white sheet, row by row; as square as it can be unless ``columns`` is given."""
     tiles = to_pil(images) if isinstance(images, Tensor) else list(images)
     if not tiles:
         raise ValueError("grid needs at least one image.")

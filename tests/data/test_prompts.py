@@ -1,4 +1,4 @@
-"""Prompt files as users write them, errors that point at the line, and a sampler that depends on nothing but its address."""
+"""Prompt files as users write them, errors that point at the line, a sampler that depends on its address alone."""
 
 import collections
 

@@ -36,6 +36,10 @@ def test_quantise_is_what_a_saved_png_holds(tmp_path):
 def test_every_level_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(media.to_uint8(media.from_uint8(levels)), levels)
+    pixels = levels.reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(media.from_pil(media.to_pil(pixels)), media.from_uint8(pixels))  # 8-bit pixels as they are
+    with pytest.raises(TypeError, match="uint8"):
+        media.to_uint8(levels)
 
 
 def test_clamp_is_exact_and_its_gradient_the_identity():
