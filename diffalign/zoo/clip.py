@@ -1,0 +1,115 @@
+"""`shapes-clip`: a contrastive image-text model, taught on clusters of scenes that differ in one fact."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from diffalign.zoo import training
+from diffalign.zoo import vae as autoencoder
+from diffalign.zoo.render import RESOLUTION, render
+from diffalign.zoo.spoil import distract, roughen
+from diffalign.zoo.text import LENGTH, clip_tokenizer
+from diffalign.zoo.world import Scene, mirrored, one_edit, sample_scene
+
+SEED = 51
+SCHEDULE = training.Schedule(steps=2400, learning_rate=1e-3, warmup=100, decay=1200)
+CLUSTERS = 8
+MEMBERS = 6
+DISTRACTORS = 12
+ROUND_TRIP_EVERY = 8
+
+
+def build(seed: int = SEED, patch: int = 8, width: int = 128, layers: int = 4, projection: int = 64) -> CLIPModel:
+    """An untrained CLIP for 64x64 images and the captions of the shapes world."""
+    torch.manual_seed(seed)
+    tokenizer = clip_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=projection,
+        max_position_embeddings=LENGTH,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        projection_dim=projection,
+        image_size=RESOLUTION,
+        patch_size=patch,
+        hidden_act="gelu",
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=projection)
+    return CLIPModel(config)
+
+
+def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
+    """Ids (B, LENGTH)."""
+    return torch.tensor(tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True).input_ids)
+
+
+def embed(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors of images (B, 3, 64, 64) in [0, 1] and of token ids (N, LENGTH)."""
+    vision = model.vision_model(pixel_values=images * 2 - 1).pooler_output
+    text = model.text_model(input_ids=ids).pooler_output
+    return F.normalize(model.visual_projection(vision), dim=-1), F.normalize(model.text_projection(text), dim=-1)
+
+
+def cluster(rng: np.random.Generator) -> list[Scene]:
+    """A train scene and neighbours that differ from it in one fact, one neighbour for each kind of fact in turn."""
+    scene = sample_scene(rng, "train", objects=2 if rng.random() < 0.85 else 1)
+    edits = one_edit(scene)
+    kinds = list(edits)
+    rng.shuffle(kinds)
+    chosen, used = [scene], {scene.caption}
+    for i in range(64):
+        options = edits[kinds[i % len(kinds)]]
+        option = options[rng.integers(len(options))]
+        if option.caption not in used:
+            chosen.append(option)
+            used.add(option.caption)
+        if len(chosen) == MEMBERS:
+            break
+    return chosen
+
+
+def say(scene: Scene, rng: np.random.Generator) -> str:
+    """The caption, from either object's side."""
+    return (mirrored(scene) if scene.relation and rng.random() < 0.5 else scene).caption
+
+
+def train(folder: Path, vae: AutoencoderKL | None) -> tuple[CLIPModel, float]:
+    """Symmetric contrastive loss over clusters; captions also see images that are wrong in ways no caption says.
+
+    Every eighth batch goes through `vae`, so that the model knows a decoder's own traces.
+    """
+    model = build()
+    tokenizer = clip_tokenizer()
+
+    def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
+        rng = batch.rng
+        scenes = [scene for _ in range(CLUSTERS) for scene in cluster(rng)]
+        wrong = [distract(scenes[rng.integers(len(scenes))], rng) for _ in range(DISTRACTORS)]
+        images = torch.cat([render(scenes, rng, supersample=1), torch.stack(wrong)])
+        if vae is not None and batch.step % ROUND_TRIP_EVERY == ROUND_TRIP_EVERY - 1:
+            images = autoencoder.decode(vae, autoencoder.encode(vae, images))
+        ids = tokenize(tokenizer, [say(scene, rng) for scene in scenes])
+        vision, text = embed(model, roughen(images, batch.generator), ids)
+        logits = model.logit_scale.exp().clamp(max=50) * text @ vision.T
+        target = torch.arange(len(scenes))
+        to_image, to_text = F.cross_entropy(logits, target), F.cross_entropy(logits[:, : len(scenes)].T, target)
+        right = (logits.argmax(1) == target).float().mean()
+        return {"loss": (to_image + to_text) / 2, "to_image": to_image, "to_text": to_text, "accuracy": right}
+
+    return model, training.train(model, loss, SCHEDULE, folder, seed=SEED, checkpoint_every=200)

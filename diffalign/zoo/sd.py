@@ -1,0 +1,95 @@
+"""`shapes-sd`: a latent diffusion pipeline in Stable Diffusion 1's form, its text encoder trained along."""
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffalign.zoo import training
+from diffalign.zoo.text import LENGTH, clip_tokenizer
+
+SEED = 21
+SCHEDULE = training.Schedule(steps=3400, learning_rate=1e-3, warmup=100, decay=1600)
+BATCH = 32
+WIDTH = 128
+SHIFTED = False  # the pipeline divides latents by the scaling factor and adds no shift
+
+
+def scheduler() -> DDIMScheduler:
+    """v-prediction on Stable Diffusion's own noise table; trailing steps, so that 20 of them start at pure noise."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def text_encoder(tokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=WIDTH,
+            max_position_embeddings=LENGTH,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # the number of heads: diffusers keeps Stable Diffusion 1's misnomer
+        norm_num_groups=16,
+    )
+
+
+class Denoiser(nn.Module):
+    """U-Net and text encoder, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.tokenizer = clip_tokenizer()
+        self.text_encoder = text_encoder(self.tokenizer)
+        self.unet = unet()
+        self.scheduler = scheduler()
+
+    def forward(self, clean: torch.Tensor, ids: torch.Tensor, batch: training.Batch) -> torch.Tensor:
+        """Mean squared error of v for scaled latents (B, 4, 16, 16) and token ids (B, LENGTH)."""
+        noise = torch.randn(clean.shape, generator=batch.generator)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), generator=batch.generator)
+        noisy = self.scheduler.add_noise(clean, noise, t)
+        condition = self.text_encoder(ids)[0]
+        prediction = self.unet(noisy, t, condition).sample
+        return (prediction - self.scheduler.get_velocity(clean, noise, t)).square().mean()
+
+    def pipeline(self, vae: AutoencoderKL) -> StableDiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
