@@ -1,0 +1,11 @@
+"""diffusers pipelines as policies: one thin file for each family."""
+
+from diffalign._compat import ensure_torchvision
+from diffalign.policies import sd as sd
+from diffalign.policies import sd3 as sd3
+from diffalign.policies.base import POLICIES, Guidance, Policy
+from diffalign.policies.condition import Condition
+
+ensure_torchvision()  # no family imports diffusers before it is used
+
+__all__ = ["POLICIES", "Condition", "Guidance", "Policy"]

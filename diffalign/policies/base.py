@@ -1,0 +1,269 @@
+"""A diffusers pipeline as a policy: encode prompts, predict, decode. The pipeline stays the user's own."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.laws import Level, Prediction, PredictionKind, Schedule
+from diffalign.laws.prediction import at_least_fp32
+from diffalign.media.pixels import straight_through_clamp
+from diffalign.policies.attention import set_attention
+from diffalign.policies.condition import Condition
+from diffalign.policies.lora import LoraAdapter
+from diffalign.registry import Registry
+
+logger = logging.getLogger(__name__)
+
+Guidance = Literal["pipeline", "detach_unconditional"]
+"""How gradients go through classifier-free guidance; see :meth:`Policy.predict`."""
+
+
+class Policy(LoraAdapter, ABC):
+    """A text-to-image pipeline seen as a Markov chain's policy.
+
+    The state is the unpacked latent (B, C, h, w) in fp32 (float64 for a float64 denoiser), whatever type the denoiser
+    has. The policy is always in evaluation mode. The pipeline is changed in three ways only: adapters are added,
+    modules are in evaluation mode, and base weights do not require gradients; ``policy.pipe(...)`` gives the tuned
+    images.
+
+    Attributes:
+        pipe: the pipeline.
+        dtype: type of the denoiser's base weights.
+    """
+
+    pipeline_class: ClassVar[str]
+    """Name of the diffusers class that the family drives, subclasses included."""
+
+    denoiser_name: ClassVar[str]
+    """The pipeline's component that predicts; also the prefix of its LoRA keys."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.dtype: torch.dtype = self.denoiser.dtype
+        self._called: nn.Module | None = None
+        self._encoded: dict[str, Condition] = {}
+        self._unconditional: Condition | None = None
+        self._processors: dict[str, Any] = {}
+        self.check()
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+        self.adopt_adapter()
+
+    @classmethod
+    def wrap(cls, pipe: Any) -> "Policy":
+        """Make a policy of the user's own pipeline object, by its class.
+
+        Raises:
+            ValueError: no family drives this class, or the pipeline does what cannot be followed; the message says why.
+        """
+        names = [c.__name__ for c in type(pipe).__mro__]
+        families = [POLICIES.get(name) for name in POLICIES.names()]
+        fitting = [family for family in families if family.pipeline_class in names]
+        if not fitting:
+            known = ", ".join(family.pipeline_class for family in families)
+            raise ValueError(f"pipeline {names[0]} belongs to no known family: use one of {known}")
+        return min(fitting, key=lambda family: names.index(family.pipeline_class))(pipe)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: Any, dtype: torch.dtype | str = torch.float32, revision: str | None = None
+    ) -> "Policy":
+        """Load a pipeline from a local folder or the hub (safetensors only) and wrap it.
+
+        Args:
+            path: folder or hub id.
+            dtype: type of the weights, as a torch dtype or its name.
+            revision: revision on the hub.
+
+        Raises:
+            ValueError: as :meth:`wrap`, or the type is not a floating type of torch.
+        """
+        from diffusers import DiffusionPipeline
+
+        given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(given, torch.dtype) or not given.is_floating_point:
+            raise ValueError(f"dtype {dtype!r} is not a floating type: use 'float32', 'bfloat16' or 'float16'")
+        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=given, revision=revision, use_safetensors=True)
+        return cls.wrap(pipe)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise ValueError in words if this pipeline's behaviour cannot be followed."""
+
+    @abstractmethod
+    def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
+        """Return the levels of a chain, from the tables of the pipeline's scheduler at this moment.
+
+        Args:
+            num_inference_steps: number of steps.
+            height: of the image in pixels, where the schedule depends on it; default as the pipeline's.
+            width: likewise.
+        """
+
+    @abstractmethod
+    def prediction_kind(self) -> PredictionKind:
+        """Return what the denoiser's output means."""
+
+    @abstractmethod
+    def encode_one(self, prompt: str) -> Condition:
+        """Encode one prompt as the pipeline does, (1, ...)."""
+
+    @abstractmethod
+    def evaluate(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """Evaluate the denoiser once, without guidance: (B, C, h, w), (B,) -> (B, C, h, w) in the denoiser's type."""
+
+    @abstractmethod
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Return what the decoder reads."""
+
+    @property
+    def denoiser(self) -> Any:
+        """The pipeline's own denoiser module, unwrapped."""
+        return getattr(self.pipe, self.denoiser_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Type of states and step maths: fp32, or float64 for a float64 denoiser."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def prepare(self, module: nn.Module) -> None:
+        """From now on call this module, the denoiser as a launcher wrapped it, for every prediction."""
+        self._called = module
+
+    @property
+    def called(self) -> nn.Module:
+        """The module that predictions go through: the denoiser, or what :meth:`prepare` was given."""
+        return self.denoiser if self._called is None else self._called
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts, (B, ...). Each distinct prompt is encoded once, alone, and kept on the host.
+
+        Encoding alone makes a row the same whatever batch it is asked in.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts = {prompts!r} is not a list of prompts: give at least one, in a list")
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._encoded:
+                self._encoded[prompt] = self.encode_one(prompt).to("cpu")
+        return Condition.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
+
+    def unconditional(self, batch_size: int) -> Condition:
+        """Return the condition of the pipeline's default negative prompt, the empty one, for a batch."""
+        if self._unconditional is None or self._unconditional.device != self.device:
+            self._unconditional = self.encode([""])
+        return self._unconditional.expand(batch_size)
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Return (C, h, w) of the latent of an image; sizes in pixels, default as the pipeline's.
+
+        Raises:
+            ValueError: a side is not a multiple of what the model can draw.
+        """
+        size = self.denoiser.config.sample_size
+        default = (size, size) if isinstance(size, int) else tuple(size)
+        factor = self.pipe.vae_scale_factor
+        multiple = factor * getattr(self.denoiser.config, "patch_size", 1)
+        sides = [given or side * factor for given, side in zip((height, width), default, strict=True)]
+        for side in sides:
+            if side % multiple:
+                near = max(multiple, round(side / multiple) * multiple)
+                raise ValueError(f"image side {side} is not a multiple of {multiple}: use {near}")
+        return self.denoiser.config.in_channels, sides[0] // factor, sides[1] // factor
+
+    def initial_latents(self, noise: Tensor) -> Tensor:
+        """Turn standard normal noise into the first state; both first families start from the noise itself."""
+        return noise
+
+    def evaluations_per_prediction(self, guidance_scale: float) -> int:
+        """Return the denoiser evaluations of one image's prediction: two under classifier-free guidance."""
+        return 2 if guidance_scale > 1 else 1
+
+    def predict(
+        self,
+        x: Tensor,
+        level: Level,
+        condition: Condition,
+        guidance_scale: float = 1.0,
+        guidance: Guidance = "pipeline",
+    ) -> Prediction:
+        """Predict from a state, with classifier-free guidance where ``guidance_scale > 1``, as the pipeline does.
+
+        Guidance is combined in fp32, where a pipeline in low precision combines in its own type.
+
+        Args:
+            x: (B, C, h, w) state.
+            level: (B,) where each row stands.
+            condition: (B, ...) encoded prompts.
+            guidance_scale: weight of the conditional branch (Ho & Salimans 2022); 1 or less means no guidance.
+            guidance: "pipeline": one batched evaluation of both branches, gradient through both.
+                "detach_unconditional": the unconditional branch is evaluated apart and without a graph.
+
+        Returns:
+            The prediction, whose ``x`` is the state as given.
+        """
+        if guidance not in get_args(Guidance):
+            raise ValueError(f"guidance {guidance!r} is unknown: use one of {get_args(Guidance)}")
+        timestep = level.timestep.float()
+        if self.evaluations_per_prediction(guidance_scale) == 1:
+            return Prediction(self.evaluate(x, timestep, condition), x, level, self.prediction_kind())
+        negative = self.unconditional(len(x))
+        if guidance == "pipeline":
+            both = self.evaluate(torch.cat([x, x]), timestep.repeat(2), Condition.cat([negative, condition]))
+            unconditional, conditional = at_least_fp32(both).chunk(2)
+        else:
+            with torch.no_grad():
+                unconditional = at_least_fp32(self.evaluate(x, timestep, negative))
+            conditional = at_least_fp32(self.evaluate(x, timestep, condition))
+        output = unconditional + guidance_scale * (conditional - unconditional)
+        return Prediction(output, x, level, self.prediction_kind())
+
+    def decode(self, latents: Tensor, micro_batch_size: int | None = None) -> Tensor:
+        """Decode latents to pixels, (B, C, h, w) -> (B, 3, H, W) in [0, 1], fp32.
+
+        The clamp passes gradients straight through, so that saturated pixels still learn.
+
+        Args:
+            latents: final states.
+            micro_batch_size: images decoded at once; it bounds memory and changes nothing else.
+        """
+        vae = self.pipe.vae
+        images = [
+            at_least_fp32(vae.decode(self.unscale(chunk).to(vae.dtype), return_dict=False)[0])
+            for chunk in latents.split(micro_batch_size or len(latents))
+        ]
+        return straight_through_clamp(torch.cat(images) * 0.5 + 0.5)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute the blocks of denoiser and decoder in the backward pass instead of storing their activations.
+
+        It is on in evaluation mode as well: diffusers asks only whether gradients are enabled.
+        """
+        for module in (self.denoiser, self.pipe.vae):
+            if enabled:
+                module.enable_gradient_checkpointing()
+            else:
+                module.disable_gradient_checkpointing()
+
+    def set_attention(self, backend: str) -> None:
+        """Choose the attention kernel of the denoiser, "auto" for torch's own choice.
+
+        Raises:
+            ValueError: the name is unknown, or the kernel would not take effect or cannot run here.
+        """
+        self._processors = self._processors or dict(self.denoiser.attn_processors)
+        set_attention(self.denoiser, backend, self._processors, self.dtype)
+
+
+POLICIES: Registry[type[Policy]] = Registry("policy")
+"""Families by name; plug-ins in the entry-point group ``diffalign.policies``."""
