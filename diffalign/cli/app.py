@@ -1,0 +1,122 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="diffalign",
+    help="Make image generators prefer what you reward.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class Kind(StrEnum):
+    """What `ls` can list."""
+
+    RECIPES = "recipes"
+    REWARDS = "rewards"
+    METHODS = "methods"
+    POLICIES = "policies"
+    PROMPTS = "prompts"
+
+
+# Unknown options reach the overrides, where `--learning_rate 1e-3` is answered with how to write it.
+@app.command(context_settings={"ignore_unknown_options": True})
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="a YAML file, or the name of a recipe that ships (diffalign ls recipes)")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")] = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="a Python file to run first, which registers rewards or methods of your own"),
+    ] = None,
+) -> None:
+    """Fine-tune a pipeline as a recipe says; resume_from_checkpoint=latest goes on where it stopped.
+
+    Example: [bold]diffalign train shapes-sd-alignprop max_train_steps=20 output_dir=runs/short[/bold]
+    """
+    from diffalign.cli import train as command
+
+    command.run(recipe, overrides or [], plugin or [])
+
+
+@app.command()
+def sample(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_PIPELINE", help="a recipe, zoo:NAME, a folder or a hub id")
+    ],
+    prompts: Annotated[str, typer.Option(help="a file (.txt, .jsonl), prompts:NAME, or the text of one prompt")],
+    out: Annotated[Path, typer.Option(help="folder for the images, a grid and samples.jsonl")],
+    lora: Annotated[Path | None, typer.Option(help="a folder with pytorch_lora_weights.safetensors")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="default: the recipe's, or 0")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="default: the recipe's evaluation, or 50")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="default: the recipe's evaluation, or 5")] = None,
+    num_images_per_prompt: Annotated[
+        int | None, typer.Option(min=1, help="default: the recipe's evaluation, or 1")
+    ] = None,
+) -> None:
+    """Draw the images of prompts: with a recipe, its seed and its prompts, those that its report shows.
+
+    Example: [bold]diffalign sample zoo:shapes-sd --prompts "a red circle above a blue square" --out samples[/bold]
+    """
+    from diffalign.cli import sample as command
+
+    command.run(
+        source,
+        lora=lora,
+        prompts=prompts,
+        out=out,
+        seed=seed,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_images_per_prompt=num_images_per_prompt,
+    )
+
+
+@app.command("ls")
+def list_(kind: Annotated[Kind | None, typer.Argument(help="default: everything")] = None) -> None:
+    """List what ships: recipes, rewards, methods, policies, prompts.
+
+    Example: [bold]diffalign ls rewards[/bold]
+    """
+    from diffalign.cli import catalogue
+
+    catalogue.print_listing([kind.value] if kind else [each.value for each in Kind])
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="any name that ls lists, or schema for the JSON Schema of recipes")],
+) -> None:
+    """Print a recipe, a reward's card, the settings of a method, or prompts.
+
+    Example: [bold]diffalign show reward_backprop[/bold]
+    """
+    from diffalign.cli import catalogue
+
+    catalogue.print_named(name)
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(help="a recipe's name or file")],
+    destination: Annotated[Path, typer.Argument(help="a file that does not exist yet, or a folder")],
+) -> None:
+    """Copy a recipe to edit it; what it extends is written out.
+
+    Example: [bold]diffalign cp shapes-sd-alignprop mine.yaml[/bold]
+    """
+    from diffalign.cli import catalogue
+
+    typer.echo(catalogue.copy_recipe(name, destination))

@@ -1,0 +1,38 @@
+"""`diffalign train`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffalign.config import Problem, Recipe, RecipeError, load_recipe
+
+
+def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path]) -> None:
+    """Checks the whole recipe, then trains and prints where the report is."""
+    for plugin in plugins:
+        load_plugin(plugin)
+    checked = load_recipe(recipe, overrides)
+
+    from diffalign.engine.run import train
+
+    report = train(checked)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes that accelerate started
+        print(f"report: {report}")
+
+
+def load_plugin(path: Path) -> None:
+    """Runs a Python file of the user's, which registers what it brings; recipes may then name it."""
+    if not path.is_file():
+        raise RecipeError("--plugin", [Problem(str(path), "does not exist: give the path of a Python file")])
+    name = f"diffalign_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError("--plugin", [Problem(str(path), "is no Python file: its name must end in .py")])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    Recipe.model_rebuild(force=True)  # methods that it registered become names that `method` may have
