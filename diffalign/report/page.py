@@ -1,0 +1,184 @@
+"""``report.html``: one self-contained page that opens offline, in light and dark, on a desk and on a phone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign import media
+from diffalign.report.charts import curves, read_metrics
+from diffalign.report.gallery import before_after, enlarged
+from diffalign.report.statistics import Figure
+from diffalign.report.summary import Pair, Summary
+
+SHOWN_PAIRS = 12
+_SHARP = 256  # smaller images are enlarged by whole pixels to about this side, or a browser would blur them
+_KINDS = {"training": "trained on", "heldout": "held out", "oracle": "oracle", "diversity": "diversity"}
+
+
+def write_report(run_dir: str | Path, summary: Summary | None = None) -> Path:
+    """Writes ``report.html`` and ``grid.png`` into a run folder.
+
+    Args:
+        run_dir: holds ``metrics.jsonl`` (curves are left out where it is not) and the images of the gallery.
+        summary: what to show; default: the folder's ``summary.json``. A given one is saved there.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: no summary, or an image of the gallery is not there.
+    """
+    run_dir = Path(run_dir)
+    if summary is None:
+        summary = Summary.load(run_dir)
+    else:
+        summary.save(run_dir)
+    if summary.gallery:
+        write_grid(run_dir, summary.gallery[:SHOWN_PAIRS])
+    html = (
+        _environment()
+        .get_template("page.html")
+        .render(
+            summary=summary,
+            figures=[_FigureView.of(figure) for figure in summary.figures],
+            pairs=[_pair_view(run_dir, pair) for pair in summary.gallery],
+            shown=SHOWN_PAIRS,
+            charts=curves(read_metrics(run_dir / "metrics.jsonl")),
+            cost=[(phase, _cost_cells(row)) for phase, row in summary.cost.items()],
+            cost_heads=list(_COST),
+            snippet=_snippet(run_dir, summary),
+        )
+    )
+    path = run_dir / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def write_grid(run_dir: Path, gallery: list[Pair]) -> Path:
+    """Writes ``grid.png``, the pairs on one sheet."""
+    path = run_dir / "grid.png"
+    base, tuned = ([media.open_image(run_dir / getattr(pair, side)) for pair in gallery] for side in ("base", "tuned"))
+    media.save_png(before_after(base, tuned, [pair.prompt for pair in gallery]), path)
+    return path
+
+
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+@dataclass(frozen=True)
+class _FigureView:
+    """A figure in words, and its interval as percentages of a bar with zero in the middle."""
+
+    name: str
+    kind: str
+    base: str
+    tuned: str
+    difference: str
+    interval: str
+    verdict: str
+    n: int
+    bar: tuple[float, float, float] | None
+
+    @classmethod
+    def of(cls, figure: Figure) -> _FigureView:
+        factor, unit = (100, " %") if figure.unit == "%" else (1, "")
+        places = _places((figure.high - figure.low) / 2 * factor)
+        known = math.isfinite(figure.low)
+
+        def number(x: float, sign: str = "") -> str:
+            return f"{x * factor:{sign}.{places}f}".replace("-", "\N{MINUS SIGN}") if math.isfinite(x) else "–"
+
+        points = " points" if figure.unit == "%" else ""
+        reach = max(abs(figure.low), abs(figure.high), 1e-12) * 1.08 if known else 1.0
+        return cls(
+            name=figure.name,
+            kind=_KINDS[figure.kind],
+            base=number(figure.base) + unit,
+            tuned=number(figure.tuned) + unit,
+            difference=number(figure.difference, "+") + points,
+            interval=f"{number(figure.low, '+')} to {number(figure.high, '+')}" if known else "one prompt only",
+            verdict="up" if figure.low > 0 else "down" if figure.high < 0 else "flat",
+            n=figure.n,
+            bar=tuple(50 + 50 * x / reach for x in (figure.low, figure.high, figure.difference)) if known else None,
+        )
+
+
+def _places(half_width: float) -> int:
+    """Decimals that show two digits of the uncertainty."""
+    if not math.isfinite(half_width) or half_width <= 0:
+        return 3
+    return min(5, max(0, 1 - math.floor(math.log10(half_width))))
+
+
+def _pair_view(run_dir: Path, pair: Pair) -> dict[str, Any]:
+    images = {side: media.open_image(run_dir / getattr(pair, side)) for side in ("base", "tuned")}
+    scores = [
+        (name, f"{a:.3g}" if math.isfinite(a) else "–", f"{b:.3g}" if math.isfinite(b) else "–", b > a)
+        for name, (a, b) in pair.scores.items()
+    ]
+    return {
+        "prompt": pair.prompt,
+        "seed": pair.seed,
+        "scores": scores,
+        "size": images["base"].size,
+        **{side: _data_uri(image) for side, image in images.items()},
+    }
+
+
+def _data_uri(image: Any) -> str:
+    """Small images as PNG, the very pixels that were scored; a JPEG of high quality where PNG would make the page heavy."""
+    buffer = io.BytesIO()
+    kind = "png" if max(image.size) <= _SHARP else "jpeg"
+    image = enlarged(image, max(1, _SHARP // max(image.size)))
+    image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 92}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _seconds(x: float) -> str:
+    minutes, seconds = divmod(round(x), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{x:.1f} s"
+
+
+def _bytes(x: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if x < 1024:
+            return f"{x:.0f} {unit}"
+        x /= 1024
+    return f"{x:.2f} GiB"
+
+
+_COST = {
+    "denoiser evaluations": ("nfe", "{:,.0f}".format),
+    "backward passes": ("backward_passes", "{:,.0f}".format),
+    "decodes": ("decodes", "{:,.0f}".format),
+    "reward calls": ("reward_calls", "{:,.0f}".format),
+    "failed scores": ("reward_failures", "{:,.0f}".format),
+    "wall time": ("seconds", _seconds),
+    "peak memory": ("peak_memory_bytes", _bytes),
+}
+
+
+def _cost_cells(row: dict[str, float]) -> list[str]:
+    return [form(row[key]) if row.get(key) is not None else "–" for key, form in _COST.values()]
+
+
+def _snippet(run_dir: Path, summary: Summary) -> str:
+    prompt = summary.gallery[0].prompt if summary.gallery else "a prompt of yours"
+    arguments = "".join(f", {key}={value!r}" for key, value in summary.sampling.items())
+    return (
+        "from diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({summary.pipeline!r})\n"
+        f"pipe.load_lora_weights({str(run_dir / summary.lora)!r})\n"
+        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{arguments}).images[0]\n"
+    )
