@@ -1,5 +1,6 @@
 """`shapes-clip`: a contrastive image-text model, taught on clusters of scenes that differ in one fact."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,30 @@ from diffalign.zoo.spoil import distract, roughen
 from diffalign.zoo.text import LENGTH, clip_tokenizer
 from diffalign.zoo.world import Scene, mirrored, one_edit, sample_scene
 
-SEED = 51
-SCHEDULE = training.Schedule(steps=2400, learning_rate=1e-3, warmup=100, decay=1200)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One CLIP of the zoo: its seed, its image tower and how long it learns."""
+
+    seed: int
+    patch: int
+    width: int
+    layers: int
+    projection: int
+    schedule: training.Schedule
+
+
+REWARD = Spec(51, 8, 128, 4, 64, training.Schedule(steps=2400, learning_rate=1e-3, warmup=100, decay=1200))
 CLUSTERS = 8
 MEMBERS = 6
 DISTRACTORS = 12
 ROUND_TRIP_EVERY = 8
 
 
-def build(seed: int = SEED, patch: int = 8, width: int = 128, layers: int = 4, projection: int = 64) -> CLIPModel:
+def build(spec: Spec = REWARD) -> CLIPModel:
     """An untrained CLIP for 64x64 images and the captions of the shapes world."""
-    torch.manual_seed(seed)
+    torch.manual_seed(spec.seed)
     tokenizer = clip_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -33,7 +47,7 @@ def build(seed: int = SEED, patch: int = 8, width: int = 128, layers: int = 4, p
         intermediate_size=512,
         num_hidden_layers=3,
         num_attention_heads=4,
-        projection_dim=projection,
+        projection_dim=spec.projection,
         max_position_embeddings=LENGTH,
         hidden_act="gelu",
         bos_token_id=tokenizer.bos_token_id,
@@ -41,16 +55,16 @@ def build(seed: int = SEED, patch: int = 8, width: int = 128, layers: int = 4, p
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        projection_dim=projection,
+        hidden_size=spec.width,
+        intermediate_size=4 * spec.width,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.width // 32,
+        projection_dim=spec.projection,
         image_size=RESOLUTION,
-        patch_size=patch,
+        patch_size=spec.patch,
         hidden_act="gelu",
     )
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=projection)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=spec.projection)
     return CLIPModel(config)
 
 
@@ -89,12 +103,12 @@ def say(scene: Scene, rng: np.random.Generator) -> str:
     return (mirrored(scene) if scene.relation and rng.random() < 0.5 else scene).caption
 
 
-def train(folder: Path, vae: AutoencoderKL | None) -> tuple[CLIPModel, float]:
+def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple[CLIPModel, float]:
     """Symmetric contrastive loss over clusters; captions also see images that are wrong in ways no caption says.
 
     Every eighth batch goes through `vae`, so that the model knows a decoder's own traces.
     """
-    model = build()
+    model = build(spec)
     tokenizer = clip_tokenizer()
 
     def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
@@ -112,4 +126,4 @@ def train(folder: Path, vae: AutoencoderKL | None) -> tuple[CLIPModel, float]:
         right = (logits.argmax(1) == target).float().mean()
         return {"loss": (to_image + to_text) / 2, "to_image": to_image, "to_text": to_text, "accuracy": right}
 
-    return model, training.train(model, loss, SCHEDULE, folder, seed=SEED, checkpoint_every=200)
+    return model, training.train(model, loss, spec.schedule, folder, seed=spec.seed, checkpoint_every=200)

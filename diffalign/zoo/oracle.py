@@ -160,7 +160,7 @@ def _shapes(masks: torch.Tensor) -> list[tuple[str | None, float, float, float, 
     radius = (area[:, None] / AREA).sqrt()
     overlaps = []
     for shape in range(len(SHAPES)):
-        template = coverage(torch.full((len(masks),), shape), torch.stack([x, y], 1), radius[:, shape])
+        template = coverage(torch.full((len(masks),), shape), torch.stack([x, y], 1), radius[:, shape], supersample=1)
         overlaps.append(torch.minimum(masks, template).sum((1, 2)) / torch.maximum(masks, template).sum((1, 2)))
     overlap, shape = torch.stack(overlaps, 1).max(1)
     return [
