@@ -114,8 +114,10 @@ def _wrong(key: str, value: str) -> str | None:
             None if (path / "model_index.json").is_file() else "is no diffusers pipeline: model_index.json is missing"
         )
     if key == "adapter.path":
-        file = path / "pytorch_lora_weights.safetensors"
-        return None if file.is_file() else "holds no LoRA: pytorch_lora_weights.safetensors is missing"
+        file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+        return (
+            None if file.is_file() else f"is no LoRA: {file.name} is missing; give a folder that holds one, or its file"
+        )
     if key == "resume_from_checkpoint":
         return None if path.is_dir() else "is no folder: give a folder such as RUN/checkpoints/step-000010, or latest"
     if not path.is_file():

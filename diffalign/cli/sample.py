@@ -38,11 +38,15 @@ def run(
     if lora is not None:
         _refuse({"adapter": {"path": str(lora)}}, "--lora")
 
+    from accelerate import PartialState
+
     from diffalign.engine.evaluate import sample_images
+    from diffalign.engine.run import located
     from diffalign.policies import Policy
 
     chosen = read(prompts)
-    policy = Policy.from_pretrained(pipeline.path, dtype=pipeline.dtype, revision=pipeline.revision)
+    policy = Policy.from_pretrained(located(pipeline.path), dtype=pipeline.dtype, revision=pipeline.revision)
+    policy.pipe.to(PartialState().device)
     policy.set_attention(pipeline.attention)
     if lora is not None:
         policy.load_lora(lora)
