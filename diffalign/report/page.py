@@ -136,7 +136,7 @@ def _pair_view(run_dir: Path, pair: Pair) -> dict[str, Any]:
 
 
 def _data_uri(image: Any) -> str:
-    """Small images as PNG, the very pixels that were scored; a JPEG of high quality where PNG would make the page heavy."""
+    """Small images as PNG, the very pixels that were scored; large ones as JPEG, for PNG would make the page heavy."""
     buffer = io.BytesIO()
     kind = "png" if max(image.size) <= _SHARP else "jpeg"
     image = enlarged(image, max(1, _SHARP // max(image.size)))
