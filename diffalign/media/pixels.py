@@ -117,7 +117,7 @@ def save_png(image: Tensor | Image.Image, path: str | Path) -> None:
 
 
 def grid(images: Tensor | Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """Images of one size (as for `to_pil`, or Pillow) on a white sheet, row by row; as square as it can be unless ``columns`` is given."""
+    """Images of one size (as for `to_pil`, or Pillow) on a white sheet, row by row; near square without ``columns``."""
     tiles = to_pil(images) if isinstance(images, Tensor) else list(images)
     if not tiles:
         raise ValueError("grid needs at least one image.")
