@@ -13,7 +13,9 @@ from diffalign.data import Prompt
 from diffalign.laws import default_law
 from diffalign.ledger import Ledger
 from diffalign.policies import Policy
+from diffalign.report import Diversity, diversity
 from diffalign.rewards import Reward
+from diffalign.rewards.clip import CLIPReward
 from diffalign.rollout import rollout
 
 
@@ -90,3 +92,18 @@ def score_images(
             evaluation.ledger.reward_failures += int((~score.valid).sum())
         evaluation.scores[name] = torch.cat(values)
     return evaluation
+
+
+@torch.no_grad()
+def image_diversity(evaluation: Evaluation, rewards: Mapping[str, Reward], *, batch_size: int = 64) -> Diversity | None:
+    """Diversity in the features of the last of `rewards` that is a CLIP model (a held-out one where there is one).
+
+    None without a CLIP model among the rewards: pixels alone say little about what differs.
+    """
+    encoders = [reward for reward in rewards.values() if isinstance(reward, CLIPReward)]
+    if not encoders:
+        return None
+    features = [
+        encoders[-1].image_features(media.from_uint8(images)).float().cpu() for images in evaluation.images.split(batch_size)
+    ]
+    return diversity(torch.cat(features).numpy(), [p.id for p in evaluation.prompts])

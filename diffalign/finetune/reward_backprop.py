@@ -94,7 +94,9 @@ class RewardBackprop(Trainer):
         loss = torch.where(score.valid, self.loss(value), zero)
         distance = zero if trajectory.prediction_mse is None else trajectory.prediction_mse
         total = self.training.num_prompts_per_step * self.training.group_size
-        ((loss + config.kl_weight * distance).sum() / total).backward()
+        objective = (loss + config.kl_weight * distance).sum() / total
+        if objective.requires_grad:  # not where every score failed
+            objective.backward()
 
         ledger = trajectory.ledger
         ledger.decodes += len(rows)
@@ -102,7 +104,7 @@ class RewardBackprop(Trainer):
         ledger.reward_failures += int((~score.valid).sum())
         parts = {f"reward/{name}": torch.where(score.valid, part, zero).sum() for name, part in score.parts.items()}
         sums = {
-            "loss": (loss + config.kl_weight * distance).sum(),
+            "loss": objective * total,
             "reward": value.sum(),
             **parts,
             "reward_valid": score.valid.sum(),

@@ -26,8 +26,8 @@ from diffalign.rewards import Reward, as_reward
 Row = dict[str, float]
 
 
-class NonFiniteGradient(RuntimeError):
-    """The gradient of a step is NaN or infinite; the weights are those before the step."""
+class StepFailed(RuntimeError):
+    """A step has no usable gradient: it is not finite, or every score failed. The weights are those before the step."""
 
 
 @dataclass
@@ -132,12 +132,7 @@ class Trainer:
         self._sum_gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
         row = {"step": self.step + 1.0, **self._means(sums), "grad_norm": float(grad_norm)}
-        if not math.isfinite(row["grad_norm"]):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteGradient(
-                f"step {self.step + 1}: the gradient is not finite (loss {row.get('loss', math.nan):.4g}); the weights are "
-                "unchanged. Lower learning_rate or guidance_scale, or use mixed_precision: bf16 instead of a float16 base."
-            )
+        self._refuse(row)
         row["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.lr_scheduler.step()
@@ -145,6 +140,19 @@ class Trainer:
         ledger.seconds = time.perf_counter() - started
         images = len(prompts) * self.training.group_size
         return row | ledger.as_dict() | {"samples_per_s": images / ledger.seconds}
+
+    def _refuse(self, row: Row) -> None:
+        """Raises StepFailed for a step that must not be taken. The numbers are the same on every process."""
+        if math.isnan(row["reward"]):
+            raise StepFailed(
+                f"step {self.step + 1}: every score of {self.reward.name!r} failed; the weights are unchanged. The first "
+                "reason was logged as a warning; mend the reward and resume"
+            )
+        if not math.isfinite(row["grad_norm"]):
+            raise StepFailed(
+                f"step {self.step + 1}: the gradient is not finite (loss {row['loss']:.4g}); the weights are unchanged. "
+                "Lower learning_rate or guidance_scale, or use a bfloat16 instead of a float16 base"
+            )
 
     def _sum_gradients(self) -> None:
         """Makes every process hold the same gradient, the sum of all: one collective over one flat tensor."""

@@ -1,0 +1,234 @@
+"""A recipe from start to report: train with checkpoints and validation, export the LoRA, judge it on the test prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from diffalign import media, report, rewards
+from diffalign.config import write_resolved
+from diffalign.data import Prompt, read_prompts
+from diffalign.engine.checkpoint import load_checkpoint, save_checkpoint
+from diffalign.engine.evaluate import Evaluation, image_diversity, sample_images, score_images
+from diffalign.engine.interrupt import deferred_interrupt
+from diffalign.engine.summary import compare_with_reference
+from diffalign.engine.tracking import Metrics
+from diffalign.finetune import Trainer, trainer_class
+from diffalign.finetune.config import TrainingConfig
+from diffalign.finetune.trainer import Row
+from diffalign.policies import Policy
+from diffalign.registry import resolve_data
+from diffalign.rewards import Reward
+
+if TYPE_CHECKING:
+    from diffalign.config import Recipe
+
+SPLITS = ("train", "validation", "test")
+GRID_IMAGES = 32
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and stopped after a checkpoint; the message says where and how to go on."""
+
+
+@dataclass
+class Run:
+    """The live objects of one recipe."""
+
+    recipe: Recipe
+    output_dir: Path
+    policy: Policy
+    trainer: Trainer
+    train_reward: Reward
+    heldout: dict[str, Reward]
+    prompts: dict[str, list[Prompt]]
+
+    @property
+    def judges(self) -> dict[str, Reward]:
+        """The training reward and the held-out ones, by name."""
+        return {self.train_reward.name: self.train_reward} | self.heldout
+
+    @property
+    def is_main(self) -> bool:
+        return self.trainer.accelerator.is_main_process
+
+
+
+def train(recipe: Recipe) -> Path:
+    """Runs a recipe and returns the path of its report.
+
+    Raises:
+        FileExistsError: the folder holds a run and `resume_from_checkpoint` is not set: nothing is overwritten.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step was written.
+    """
+    run = build(recipe)
+    step = resume(run)
+    metrics = Metrics(run.output_dir, recipe.report_to, resume_step=step, accelerator=run.trainer.accelerator)
+    if run.is_main:
+        write_resolved(recipe, run.output_dir / "config.yaml")
+    if step == 0:
+        first = validate(run)
+        prove_gradient(run, first)
+        metrics.append({"step": 0, **record_validation(run, first)})
+    loop(run, metrics)
+    metrics.close()
+    if run.is_main:
+        run.policy.save_lora(run.output_dir / "lora")
+        report.write_report(run.output_dir, summarise(run))
+    run.trainer.accelerator.wait_for_everyone()
+    return run.output_dir / "report.html"
+
+
+def build(recipe: Recipe) -> Run:
+    """Loads everything that the recipe names."""
+    source = located(recipe.pipeline.path)
+    policy = Policy.from_pretrained(source, dtype=recipe.pipeline.dtype, revision=recipe.pipeline.revision)
+    policy.pipe.to(Accelerator().device)
+    policy.set_attention(recipe.pipeline.attention)
+    adapter = recipe.adapter
+    if adapter.path is None:
+        policy.add_lora(adapter.rank, adapter.alpha, adapter.target_modules, seed=recipe.seed)
+    else:
+        policy.load_lora(adapter.path)
+    train_reward = rewards.weighted_sum([(rewards.load(r.name), r.weight) for r in recipe.rewards.train])
+    shared = {name: getattr(recipe, name) for name in TrainingConfig.model_fields}
+    trainer = trainer_class(recipe.method.name)(policy, train_reward, **shared, **recipe.method.model_dump(exclude={"name"}))
+    return Run(
+        recipe=recipe,
+        output_dir=Path(recipe.output_dir),
+        policy=policy,
+        trainer=trainer,
+        train_reward=train_reward,
+        heldout={name: rewards.load(name).to(policy.device) for name in recipe.rewards.heldout},
+        prompts={split: read_prompts(located(getattr(recipe.prompts, split))) for split in SPLITS},
+    )
+
+
+def located(name: str) -> Path | str:
+    """A path where `name` is one or ships with the package; a hub id as it is."""
+    path = resolve_data(name, Path.cwd())
+    return path if path.exists() else name
+
+
+def resume(run: Run) -> int:
+    """Loads the checkpoint that the recipe asks for; returns the step to go on from, 0 for a new run."""
+    asked, checkpoints = run.recipe.resume_from_checkpoint, run.output_dir / "checkpoints"
+    if asked is None:
+        if (run.output_dir / "metrics.jsonl").exists():
+            raise FileExistsError(
+                f"{run.output_dir} already holds a run; go on with resume_from_checkpoint=latest, or choose another output_dir"
+            )
+        return 0
+    found = load_checkpoint(checkpoints, asked)
+    if found is None:
+        logger.warning("no checkpoint in %s yet; starting from step 0", checkpoints)
+        return 0
+    step, tree = found
+    run.trainer.load_state_dict(tree)
+    return step
+
+
+def loop(run: Run, metrics: Metrics) -> None:
+    """Trains to `max_train_steps`: a row of metrics a step, validation and checkpoints at their intervals."""
+    recipe, trainer = run.recipe, run.trainer
+    last = recipe.max_train_steps
+    with deferred_interrupt() as interrupted, progress(run) as show:
+        for row in trainer.iterate(run.prompts["train"], last):
+            step = trainer.step
+            if step % recipe.evaluation.validation_steps == 0 or step == last:
+                row |= record_validation(run, validate(run))
+            metrics.append(row)
+            show(row)
+            if step % recipe.checkpointing_steps == 0 or step == last or interrupted:
+                checkpoint(run)
+            if interrupted:
+                raise Interrupted(
+                    f"stopped after step {step} of {last}; resume_from_checkpoint=latest goes on from {run.output_dir}"
+                )
+
+
+def checkpoint(run: Run) -> None:
+    """Every process waits, one writes."""
+    if run.is_main:
+        save_checkpoint(
+            run.output_dir / "checkpoints",
+            run.trainer.step,
+            run.trainer.state_dict(),
+            total_limit=run.recipe.checkpoints_total_limit,
+        )
+    run.trainer.accelerator.wait_for_everyone()
+
+
+def evaluate(run: Run, split: str, limit: int | None) -> Evaluation:
+    """Samples and scores the first `limit` prompts of a split with the recipe's evaluation settings."""
+    settings = run.recipe.evaluation
+    evaluation = sample_images(
+        run.policy,
+        run.prompts[split][:limit],
+        seed=run.recipe.seed,
+        **settings.model_dump(include={"num_inference_steps", "guidance_scale", "eta", "num_images_per_prompt", "batch_size"}),
+    )
+    return score_images(evaluation, run.judges, device=run.policy.device)
+
+
+def validate(run: Run) -> Evaluation:
+    """The fixed validation prompts under the adapter as it is."""
+    return evaluate(run, "validation", run.recipe.evaluation.num_validation_prompts)
+
+
+def record_validation(run: Run, evaluation: Evaluation) -> Row:
+    """The metrics of a validation; its picture goes to `samples/`."""
+    if run.is_main:
+        folder = run.output_dir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = media.grid(media.from_uint8(evaluation.images[:GRID_IMAGES]))
+        media.save_png(picture, folder / f"validation-{run.trainer.step:06d}.png")
+    means = evaluation.means()
+    row = {f"heldout/{name}": means[name] for name in run.heldout}
+    row[f"validation/{run.train_reward.name}"] = means[run.train_reward.name]
+    spread = image_diversity(evaluation, run.judges)
+    return row if spread is None else row | {"diversity": spread.overall}
+
+
+def prove_gradient(run: Run, evaluation: Evaluation) -> None:
+    """Contract 7: before training, the reward's gradient is there on images of the policy itself."""
+    few = slice(0, 4)
+    prompts = evaluation.prompts[few]
+    images = media.from_uint8(evaluation.images[few]).to(run.policy.device)
+    rewards.check_gradient(run.train_reward, images, [p.text for p in prompts], [p.metadata for p in prompts])
+
+
+def summarise(run: Run) -> report.Summary:
+    """The test prompts, read once, under the reference and under the adapter, from the same noise."""
+    limit = run.recipe.evaluation.num_test_prompts
+    tuned = evaluate(run, "test", limit)
+    with run.policy.reference():
+        base = evaluate(run, "test", limit)
+    return compare_with_reference(run.recipe, run.output_dir, run.judges, base, tuned)
+
+
+@contextmanager
+def progress(run: Run) -> Iterator[Callable[[Row], None]]:
+    """A bar on the main process: step, rewards, distance to the reference, speed, time left. Yields its update."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[told]}"), disable=not run.is_main) as bar:
+        steps = run.recipe.max_train_steps
+        task = bar.add_task("training", total=steps, completed=run.trainer.step, told="")
+        heldout: dict[str, float] = {}
+
+        def show(row: Row) -> None:
+            heldout.update({name.removeprefix("heldout/"): v for name, v in row.items() if name.startswith("heldout/")})
+            told = {"reward": row["reward"], **heldout, "mse to reference": row["prediction_mse"]}
+            text = "  ".join(f"{name} {value:.3f}" for name, value in told.items())
+            bar.update(task, completed=int(row["step"]), told=f"{text}  {row['samples_per_s']:.1f} images/s")
+
+        yield show

@@ -1,0 +1,105 @@
+"""What a run achieved: figures on the test prompts with paired intervals, the pictures behind them, the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffalign import media
+from diffalign.engine.evaluate import Evaluation, image_diversity
+from diffalign.engine.tracking import read_metrics
+from diffalign.ledger import Ledger
+from diffalign.report import Figure, Pair, Summary, compare
+from diffalign.rewards import Reward
+from diffalign.versions import versions
+
+if TYPE_CHECKING:
+    from diffalign.config import Recipe
+
+GALLERY = 24
+
+
+def compare_with_reference(
+    recipe: Recipe, output_dir: Path, judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation
+) -> Summary:
+    """Writes the gallery's images to `output_dir/samples/test` and returns the summary of a finished run.
+
+    Args:
+        judges: the training reward first, then the held-out ones.
+        base, tuned: the same prompts from the same noise, adapter off and on.
+    """
+    settings = recipe.evaluation
+    ids = [p.id for p in base.prompts]
+    return Summary(
+        title=f"{recipe.pipeline.path.removeprefix('zoo:')}: {recipe.method.name}",
+        pipeline=recipe.pipeline.path,
+        facts={
+            "method": recipe.method.name,
+            "training": f"{recipe.max_train_steps} steps of {recipe.num_prompts_per_step * recipe.group_size} images",
+            "test": f"{len(ids)} images of {len(set(ids))} prompts, seed {recipe.seed}",
+            "sampling": f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
+        },
+        figures=figures(judges, base, tuned),
+        gallery=gallery(output_dir, base, tuned, settings.num_images_per_prompt, recipe.seed),
+        cost={
+            "training": training_cost(output_dir).as_dict(),
+            "test, base": base.ledger.as_dict(),
+            "test, tuned": tuned.ledger.as_dict(),
+        },
+        sampling={"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale},
+        notes=[
+            "Base and tuned images start from the same noise; intervals are 95 % bootstrap intervals over prompts, paired.",
+            "Every score is of 8-bit pixels. The test prompts were not used in training or in validation.",
+        ],
+        recipe=(output_dir / "config.yaml").read_text(encoding="utf-8"),
+        versions=versions(),
+    )
+
+
+def figures(judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation) -> list[Figure]:
+    """Each judge's figure, and the diversity of the images."""
+    ids = [p.id for p in base.prompts]
+    found = []
+    for position, name in enumerate(judges):
+        # An oracle is told by its name: it is no learned model and its mean is a share of correct images.
+        oracle = name.endswith("oracle")
+        kind = "training" if position == 0 else "oracle" if oracle else "heldout"
+        found.append(compare(name, kind, base.scores[name], tuned.scores[name], ids, unit="%" if oracle else ""))
+    before, after = (image_diversity(e, judges) for e in (base, tuned))
+    if before is not None and after is not None and before.of_prompt:
+        prompts = list(before.of_prompt)
+        values = ([d.of_prompt[p] for p in prompts] for d in (before, after))
+        found.append(compare("diversity within a prompt", "diversity", *values, prompts))
+    return found
+
+
+def gallery(output_dir: Path, base: Evaluation, tuned: Evaluation, images_per_prompt: int, seed: int) -> list[Pair]:
+    """The first image of the first prompts, as it is before and after: no picture is chosen by its score."""
+    folder = output_dir / "samples" / "test"
+    pairs = []
+    for row in range(0, min(len(base.prompts), GALLERY * images_per_prompt), images_per_prompt):
+        files = {}
+        for side, evaluation in (("base", base), ("tuned", tuned)):
+            path = folder / f"{row:05d}-{side}.png"
+            media.save_png(media.from_uint8(evaluation.images[row]), path)
+            files[side] = path.relative_to(output_dir).as_posix()
+        scores = {name: (float(base.scores[name][row]), float(tuned.scores[name][row])) for name in base.scores}
+        pairs.append(Pair(base.prompts[row].text, f"seed {seed}, prompt {base.prompts[row].id}", **files, scores=scores))
+    return pairs
+
+
+def training_cost(output_dir: Path) -> Ledger:
+    """The cost of all steps, from the metrics: a resumed run counts each step once."""
+    total = Ledger()
+    for row in read_metrics(output_dir / "metrics.jsonl"):
+        if "nfe" in row:
+            total.add(
+                Ledger(
+                    denoiser_evaluations=int(row["nfe"]),
+                    **{k: row[k] for k in ("backward_passes", "decodes", "reward_calls", "reward_failures")},
+                    seconds=row["seconds"],
+                    peak_memory_bytes=row["peak_memory_bytes"],
+                )
+            )
+    return total
