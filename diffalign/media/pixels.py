@@ -28,7 +28,7 @@ def straight_through_clamp(x: Tensor, low: float = 0.0, high: float = 1.0) -> Te
 
     Bengio et al. (2013), arXiv:1308.3432. NaN stays NaN.
     """
-    return _straight_through(x, x.detach().clamp(low, high))
+    return straight_through(x, x.detach().clamp(low, high))
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -38,10 +38,11 @@ def quantise(images: Tensor) -> Tensor:
     """
     values = images.detach() if images.dtype == torch.float64 else images.detach().float()
     levels = (values.clamp(0, 1) * 255).round()
-    return _straight_through(images, (levels / 255).to(images.dtype))
+    return straight_through(images, (levels / 255).to(images.dtype))
 
 
-def _straight_through(x: Tensor, value: Tensor) -> Tensor:
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, exactly, with the gradient of ``x``."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return value
     return value + (x - x.detach())  # the bracket is exactly zero, its gradient one

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffalign.media.pixels import quantise
+from diffalign.media.pixels import straight_through
 
 Filter = Literal["bilinear", "bicubic", "lanczos"]
 
 _FRACTION_BITS = 22  # of Pillow's 8-bit filter weights
-_LOW_BITS = 11
 
 
 def resize(images: Tensor, size: tuple[int, int], filter: Filter = "bicubic", *, rounding: bool = True) -> Tensor:
@@ -39,49 +38,46 @@ def resize(images: Tensor, size: tuple[int, int], filter: Filter = "bicubic", *,
             leave [0, 1].
 
     Returns:
-        Tensor (..., height, width). The gradient is the same with and without ``rounding``. NaN spreads to what it
-        touches.
+        Tensor (..., height, width). The gradient is the same with and without ``rounding``. A NaN spoils its channel of
+        its image, and no other.
     """
     if not images.is_floating_point():
         raise TypeError(f"resize takes floating images in [0, 1], not {images.dtype}: use media.from_uint8 first.")
     if min(size) < 1:
         raise ValueError(f"size is {tuple(size)}: height and width must be at least one pixel.")
     result = images if images.dtype == torch.float64 else images.float()
-    result = quantise(result) if rounding else result
+    if rounding:
+        result = straight_through(result * 255, (result.detach() * 255).clamp(0, 255).round())
     with torch.autocast(images.device.type, enabled=False):
         for dim, length in ((-1, size[1]), (-2, size[0])):
             if result.shape[dim] == length:
                 continue  # Pillow skips a pass that would change nothing
             weights = _weights(result.shape[dim], length, filter)
-            linear = None if rounding and not _needs_gradient(result) else _matmul(result, weights, dim)
-            result = _fixed_point(result.detach(), weights, dim, linear) if rounding else linear
-    return result
+            result = _RoundedPass.apply(result, weights, dim) if rounding else _matmul(result, weights, dim)
+    return result / 255 if rounding else result
 
 
-def _needs_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+class _RoundedPass(torch.autograd.Function):
+    """One pass over levels 0 to 255 in Pillow's integer arithmetic, with the gradient of the pass without rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, weights: Tensor, dim: int) -> Tensor:
+        ctx.weights, ctx.dim = weights, dim
+        scaled = weights * 2**_FRACTION_BITS
+        fixed = (scaled + 0.5 * scaled.sign()).trunc()
+        # float64 holds the sums, integers below 2**31, exactly. Apple's GPUs lack it: there a level may be off by one.
+        exact = levels.float() if levels.device.type == "mps" else levels.double()
+        total = _matmul(exact, fixed, dim)
+        return total.add_(2 ** (_FRACTION_BITS - 1)).div_(2**_FRACTION_BITS).floor_().clamp_(0, 255).to(levels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _matmul(gradient, ctx.weights.T, ctx.dim), None, None
 
 
 def _matmul(x: Tensor, weights: Tensor, dim: int) -> Tensor:
-    weights = weights.to(x)
+    weights = weights.to(device=x.device, dtype=x.dtype)
     return x @ weights.T if dim == -1 else weights @ x
-
-
-def _fixed_point(x: Tensor, weights: Tensor, dim: int, linear: Tensor | None) -> Tensor:
-    """One pass over 8-bit pixels in Pillow's integers, with the gradient of ``linear``.
-
-    The 22-bit weights are split in two halves of 11 bits, so that each float32 matrix product is exact, in TF32 too.
-    """
-    levels = (x * 255).round()
-    scaled = weights * 2**_FRACTION_BITS
-    fixed = (scaled + 0.5 * scaled.sign()).trunc()
-    high = (fixed / 2**_LOW_BITS).floor()
-    low = fixed - high * 2**_LOW_BITS
-    upper = _matmul(levels, high, dim)
-    total = upper.nan_to_num().int() * 2**_LOW_BITS + _matmul(levels, low, dim).nan_to_num().int()
-    value = ((total + 2 ** (_FRACTION_BITS - 1)) >> _FRACTION_BITS).clamp(0, 255).to(x) / 255
-    value = torch.where(upper.isnan(), upper, value)
-    return value if linear is None else value + (linear - linear.detach())
 
 
 @lru_cache(maxsize=64)

@@ -115,3 +115,11 @@ def test_nan_is_not_hidden():
     result = resize(images, (4, 4))
     assert not result[0].isnan().any()
     assert result[1, 0].isnan().any()
+
+
+def test_the_gradient_can_be_differentiated_again():
+    images = torch.rand(1, 1, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (gradient,) = torch.autograd.grad(resize(images, (4, 9)).pow(2).sum(), images, create_graph=True)
+    gradient.square().sum().backward()
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().sum() > 0
