@@ -9,8 +9,8 @@ export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test check verify install clean
 
-demo: .venv/core.stamp ## fine-tune the shipped Stable Diffusion pipeline, and print where the report is
-	$(PY) -m diffalign train pipelines/demo.yaml
+demo: .venv/core.stamp ## fine-tune the shipped Stable Diffusion pipeline (or go on with it), and print where the report is
+	$(PY) -m diffalign train pipelines/demo.yaml resume_from_checkpoint=latest
 
 test: .venv/dev.stamp ## all tests, offline
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
