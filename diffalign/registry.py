@@ -95,3 +95,9 @@ def resolve_data(name: str | Path, relative_to: Path) -> Path:
     if key.casefold() not in shipped:
         raise UnknownName(f"{scheme}: name", key, shipped)
     return shipped[key.casefold()]
+
+
+def locate(name: str | Path) -> str:
+    """Return what a loader of pipelines takes: the path of what ships or lies on disk, any other name (a hub id) as is."""
+    path = resolve_data(name, Path.cwd())
+    return str(path) if path.exists() else str(name)

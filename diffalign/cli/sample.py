@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from diffalign.config import EvaluationConfig, PipelineConfig, Problem, RecipeError, load_recipe
 from diffalign.recipe_file import shipped_recipes
 from diffalign.recipe_references import anchor_paths, check_references
+from diffalign.registry import locate
 
 if TYPE_CHECKING:
     from diffalign.data import Prompt
@@ -41,11 +42,10 @@ def run(
     from accelerate import PartialState
 
     from diffalign.engine.evaluate import sample_images
-    from diffalign.engine.run import located
     from diffalign.policies import Policy
 
     chosen = read(prompts)
-    policy = Policy.from_pretrained(located(pipeline.path), dtype=pipeline.dtype, revision=pipeline.revision)
+    policy = Policy.from_pretrained(locate(pipeline.path), dtype=pipeline.dtype, revision=pipeline.revision)
     policy.pipe.to(PartialState().device)
     policy.set_attention(pipeline.attention)
     if lora is not None:

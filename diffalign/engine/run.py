@@ -24,7 +24,7 @@ from diffalign.finetune import Trainer, trainer_class
 from diffalign.finetune.config import TrainingConfig
 from diffalign.finetune.trainer import Row
 from diffalign.policies import Policy
-from diffalign.registry import resolve_data
+from diffalign.registry import locate
 from diffalign.rewards import Reward
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def train(recipe: Recipe) -> Path:
 
 def build(recipe: Recipe) -> Run:
     """Loads everything that the recipe names."""
-    source = located(recipe.pipeline.path)
+    source = locate(recipe.pipeline.path)
     policy = Policy.from_pretrained(source, dtype=recipe.pipeline.dtype, revision=recipe.pipeline.revision)
     policy.pipe.to(Accelerator().device)
     policy.set_attention(recipe.pipeline.attention)
@@ -109,14 +109,8 @@ def build(recipe: Recipe) -> Run:
         trainer=trainer,
         train_reward=train_reward,
         heldout={name: rewards.load(name).to(policy.device) for name in recipe.rewards.heldout},
-        prompts={split: read_prompts(located(getattr(recipe.prompts, split))) for split in SPLITS},
+        prompts={split: read_prompts(getattr(recipe.prompts, split)) for split in SPLITS},
     )
-
-
-def located(name: str) -> Path | str:
-    """A path where `name` is one or ships with the package; a hub id as it is."""
-    path = resolve_data(name, Path.cwd())
-    return path if path.exists() else name
 
 
 def resume(run: Run) -> int:
@@ -213,7 +207,9 @@ def summarise(run: Run) -> report.Summary:
     tuned = evaluate(run, "test", limit)
     with run.policy.reference():
         base = evaluate(run, "test", limit)
-    return compare_with_reference(run.recipe, run.output_dir, run.judges, base, tuned)
+    return compare_with_reference(
+        run.recipe, run.output_dir, run.judges, base, tuned, run.policy.latent_shape()
+    )
 
 
 @contextmanager

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import save_file
+
 from diffalign import media
 from diffalign.engine.evaluate import Evaluation, image_diversity
 from diffalign.engine.tracking import read_metrics
 from diffalign.ledger import Ledger
+from diffalign.noise import normal
+from diffalign.registry import locate
 from diffalign.report import Figure, Pair, Summary, compare
 from diffalign.rewards import Reward
 from diffalign.versions import versions
@@ -21,19 +25,27 @@ GALLERY = 24
 
 
 def compare_with_reference(
-    recipe: Recipe, output_dir: Path, judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation
+    recipe: Recipe,
+    output_dir: Path,
+    judges: Mapping[str, Reward],
+    base: Evaluation,
+    tuned: Evaluation,
+    latent_shape: tuple[int, int, int],
 ) -> Summary:
-    """Writes the gallery's images to `output_dir/samples/test` and returns the summary of a finished run.
+    """Writes the gallery's images and noise to `output_dir/samples/test` and returns the summary of a finished run.
 
     Args:
         judges: the training reward first, then the held-out ones.
         base, tuned: the same prompts from the same noise, adapter off and on.
+        latent_shape: (C, h, w) of the noise.
     """
     settings = recipe.evaluation
     ids = [p.id for p in base.prompts]
+    rows = range(0, min(len(ids), GALLERY * settings.num_images_per_prompt), settings.num_images_per_prompt)
+    folder = output_dir / "samples" / "test"
     return Summary(
         title=f"{recipe.pipeline.path.removeprefix('zoo:')}: {recipe.method.name}",
-        pipeline=recipe.pipeline.path,
+        pipeline=locate(recipe.pipeline.path),
         facts={
             "method": recipe.method.name,
             "training": f"{recipe.max_train_steps} steps of {recipe.num_prompts_per_step * recipe.group_size} images",
@@ -41,7 +53,8 @@ def compare_with_reference(
             "sampling": f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
         },
         figures=figures(judges, base, tuned),
-        gallery=gallery(output_dir, base, tuned, settings.num_images_per_prompt, recipe.seed),
+        gallery=[pair(folder, row, base, tuned, f"seed {recipe.seed}, prompt {ids[row]}") for row in rows],
+        noise=save_noise(folder, rows, ids, recipe.seed, latent_shape) if settings.eta == 0 else None,
         cost={
             "training": training_cost(output_dir).as_dict(),
             "test, base": base.ledger.as_dict(),
@@ -74,19 +87,22 @@ def figures(judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation) -
     return found
 
 
-def gallery(output_dir: Path, base: Evaluation, tuned: Evaluation, images_per_prompt: int, seed: int) -> list[Pair]:
-    """The first image of the first prompts, as it is before and after: no picture is chosen by its score."""
-    folder = output_dir / "samples" / "test"
-    pairs = []
-    for row in range(0, min(len(base.prompts), GALLERY * images_per_prompt), images_per_prompt):
-        files = {}
-        for side, evaluation in (("base", base), ("tuned", tuned)):
-            path = folder / f"{row:05d}-{side}.png"
-            media.save_png(media.from_uint8(evaluation.images[row]), path)
-            files[side] = path.relative_to(output_dir).as_posix()
-        scores = {name: (float(base.scores[name][row]), float(tuned.scores[name][row])) for name in base.scores}
-        pairs.append(Pair(base.prompts[row].text, f"seed {seed}, prompt {base.prompts[row].id}", **files, scores=scores))
-    return pairs
+def pair(folder: Path, row: int, base: Evaluation, tuned: Evaluation, noise: str) -> Pair:
+    """One image before and after, written to `folder`. Rows are taken in order: no picture is chosen by its score."""
+    files = {side: folder / f"{row:05d}-{side}.png" for side in ("base", "tuned")}
+    for side, evaluation in (("base", base), ("tuned", tuned)):
+        media.save_png(media.from_uint8(evaluation.images[row]), files[side])
+    shown = {side: f"samples/{folder.name}/{path.name}" for side, path in files.items()}
+    scores = {name: (float(base.scores[name][row]), float(tuned.scores[name][row])) for name in base.scores}
+    return Pair(base.prompts[row].text, noise, **shown, scores=scores)
+
+
+def save_noise(folder: Path, rows: range, ids: list[int | str], seed: int, shape: tuple[int, int, int]) -> str:
+    """Writes the starting noise of the gallery's images, so that plain diffusers draws them again; returns its place."""
+    noise = normal(shape, seed=seed, purpose="initial", rows=[(ids[row], 0) for row in rows])
+    path = folder / "latents.safetensors"
+    save_file({f"{row:05d}": tensor for row, tensor in zip(rows, noise, strict=True)}, path)
+    return f"samples/{folder.name}/{path.name}"
 
 
 def training_cost(output_dir: Path) -> Ledger:

@@ -6,11 +6,13 @@ import base64
 import io
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffalign import media
+from diffalign.registry import resolve_data
 from diffalign.report.charts import curves, read_metrics
 from diffalign.report.gallery import before_after, enlarged
 from diffalign.report.statistics import Figure
@@ -53,6 +55,7 @@ def write_report(run_dir: str | Path, summary: Summary | None = None) -> Path:
             cost=[(phase, _cost_cells(row)) for phase, row in summary.cost.items()],
             cost_heads=list(_COST),
             snippet=_snippet(run_dir, summary),
+            command=_command(run_dir, summary) if summary.prompts else "",
         )
     )
     path = run_dir / "report.html"
@@ -174,11 +177,21 @@ def _cost_cells(row: dict[str, float]) -> list[str]:
 
 
 def _snippet(run_dir: Path, summary: Summary) -> str:
+    """Python that draws with the LoRA and diffusers alone."""
+    path = resolve_data(summary.pipeline, relative_to=Path.cwd())
+    pipeline = str(path) if path.exists() else summary.pipeline  # diffusers knows no zoo:
     prompt = summary.gallery[0].prompt if summary.gallery else "a prompt of yours"
     arguments = "".join(f", {key}={value!r}" for key, value in summary.sampling.items())
     return (
         "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({summary.pipeline!r})\n"
+        f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})\n"
         f"pipe.load_lora_weights({str(run_dir / summary.lora)!r})\n"
         f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{arguments}).images[0]\n"
     )
+
+
+def _command(run_dir: Path, summary: Summary) -> str:
+    """The command line that draws the tuned images of the page again."""
+    options = {"--lora": run_dir / summary.lora, "--prompts": summary.prompts, "--out": "samples"}
+    words = ["diffalign", "sample", run_dir / "config.yaml", *(word for option in options.items() for word in option)]
+    return shlex.join(map(str, words))

@@ -37,7 +37,7 @@ class Summary:
 
     Attributes:
         title: of the page.
-        pipeline: what `DiffusionPipeline.from_pretrained` takes to get the base model.
+        pipeline: the base model as the recipe names it: zoo:NAME, a folder or a hub id.
         facts: short label -> text, shown under the title: method, steps, seed, revision, duration, device.
         figures: base against tuned, on the test prompts.
         gallery: pairs to show.
@@ -47,6 +47,9 @@ class Summary:
         recipe: the resolved recipe as YAML.
         versions: library -> version.
         lora: folder of the LoRA, relative to the run's folder.
+        prompts: the test prompts as the recipe names them, for the command that draws their images again.
+        noise: safetensors file with the starting noise of the gallery's images, by the number in their names, relative
+            to the run's folder; None where the sampler is stochastic.
     """
 
     title: str
@@ -60,6 +63,8 @@ class Summary:
     recipe: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     lora: str = "lora"
+    prompts: str = ""
+    noise: str | None = None
 
     def save(self, run_dir: Path) -> Path:
         """Writes ``summary.json``; numbers that are not finite become null, which JSON can hold."""

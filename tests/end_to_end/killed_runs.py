@@ -1,0 +1,90 @@
+"""Runs one recipe whole, and again killed at chosen moments and resumed. A program of its own, for it forks.
+
+    python killed_runs.py OUT RECIPE [OVERRIDE ...]
+
+Every run is a process of its own that SIGKILL ends without a chance to clean up; forking spares each the imports.
+"""
+
+import os
+import signal
+import sys
+
+import torch
+
+from diffalign.__main__ import main
+from diffalign.policies import Policy
+
+MOMENTS = {
+    # name: (what is counted, at which count the process dies); the counts are those of the recipe in test_resume.py
+    "rollout": 22,
+    "backward": 3,
+    "save": 5,
+    "rename": 2,
+}
+
+
+def count_down(count):
+    """A function that kills this process when it is called for the count-th time."""
+    left = [count]
+
+    def tick():
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return tick
+
+
+def ticking(function, tick):
+    def call(*args, **kwargs):
+        tick()
+        return function(*args, **kwargs)
+
+    return call
+
+
+def arm(moment):
+    """Makes this process die at the moment."""
+    tick = count_down(MOMENTS[moment])
+    if moment == "rollout":
+        Policy.predict = ticking(Policy.predict, tick)
+    elif moment == "backward":
+        decode = Policy.decode
+
+        def decode_and_wait(self, *args, **kwargs):
+            pixels = decode(self, *args, **kwargs)
+            if pixels.requires_grad:
+                # Called when the gradient comes back through the pixels: in the middle of the backward pass.
+                pixels.register_hook(lambda gradient: tick())
+            return pixels
+
+        Policy.decode = decode_and_wait
+    elif moment == "save":
+        os.fsync = ticking(os.fsync, tick)
+    else:
+        os.rename = ticking(os.rename, tick)
+
+
+def run(arguments, moment=None):
+    """Exit status of a train command in a process of its own; -9 where it was killed."""
+    child = os.fork()
+    if child == 0:
+        if moment:
+            arm(moment)
+        sys.argv = ["diffalign", "train", *arguments]
+        try:
+            main()
+        except SystemExit as done:
+            os._exit(done.code or 0)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    out, recipe = sys.argv[1], sys.argv[2:]
+    assert run([*recipe, f"output_dir={out}/whole"]) == 0
+    for name in MOMENTS:
+        here = [*recipe, f"output_dir={out}/{name}"]
+        assert run(here, name) == -signal.SIGKILL, name
+        assert run([*here, "resume_from_checkpoint=latest"]) == 0, name

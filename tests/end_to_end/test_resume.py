@@ -1,0 +1,66 @@
+"""A run that is killed at any moment and resumed ends as the run that was not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CLOCKS = {"seconds", "samples_per_s", "peak_memory_bytes"}
+RECIPE = """
+pipeline: {path: zoo:shapes-sd}
+adapter: {rank: 2, alpha: 2}
+method: {name: reward_backprop, num_inference_steps: 4, guidance_scale: 3.0, gradient: {kind: last_k, k: 2}, kl_weight: 0.1}
+rewards: {train: [shapes-clip], heldout: [shapes-preference, shapes-oracle]}
+prompts: {train: "prompts:shapes-train", validation: "prompts:shapes-validation", test: "prompts:shapes-test"}
+evaluation: {num_validation_prompts: 4, num_test_prompts: 4, validation_steps: 2}
+num_prompts_per_step: 4
+max_train_steps: 4
+checkpointing_steps: 2
+output_dir: runs/resume
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    command = [sys.executable, str(HERE / "killed_runs.py"), str(folder), str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def contents(run):
+    """What a run leaves that no clock has touched."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "lora": (run / "lora/pytorch_lora_weights.safetensors").read_bytes(),
+        "state": (run / "checkpoints/step-000004/tensors.safetensors").read_bytes(),
+        "numbers": (run / "checkpoints/step-000004/state.json").read_bytes(),
+        "metrics": [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows],
+        "figures": summary["figures"],
+        "pictures": {p.name: p.read_bytes() for p in sorted((run / "samples").rglob("*.png"))},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("moment", ["rollout", "backward", "save", "rename"])
+def test_resumed_run_is_bit_equal(runs, moment):
+    whole, resumed = contents(runs / "whole"), contents(runs / moment)
+    assert len(whole["metrics"]) == 5  # validation before training, and four steps
+    for part in whole:
+        assert resumed[part] == whole[part], part
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_nothing_of_a_killed_save_is_left(runs):
+    for run in runs.glob("*/checkpoints"):
+        assert sorted(p.name for p in run.iterdir()) == ["step-000002", "step-000004"]
