@@ -61,5 +61,6 @@ def build_run(folder):
         notes=["measured & written down"],
         recipe="seed: 0\n",
         versions={"torch": "2.13.0"},
+        prompts="prompts:test",
     )
     return folder, summary

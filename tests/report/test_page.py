@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
@@ -96,6 +97,20 @@ def test_the_snippet_is_python_that_names_the_lora(run_with_metrics, page):
     compile(code, "snippet", "exec")
     assert repr(str(run_with_metrics[0] / "lora")) in code
     assert "num_inference_steps=20, guidance_scale=3.0" in code
+
+
+def test_the_command_survives_the_space_in_the_path(run_with_metrics, page):
+    words = shlex.split(next(text for text in page.text if text.startswith("diffalign sample")))
+    assert words[2] == str(run_with_metrics[0] / "config.yaml")
+    assert words[words.index("--prompts") + 1] == "prompts:test"
+
+
+def test_a_shipped_pipeline_is_named_as_diffusers_reads_it(tmp_path, monkeypatch):
+    model = tmp_path / "assets" / "zoo" / "tiny"
+    model.mkdir(parents=True)
+    monkeypatch.setattr("diffalign.registry.data_root", lambda folder="assets": tmp_path / folder)
+    html = report.write_report(tmp_path, report.Summary(title="t", pipeline="zoo:tiny")).read_text()
+    assert f"from_pretrained(&#39;{model}&#39;)" in html
 
 
 def test_summary_comes_back_as_it_was(run):
