@@ -41,9 +41,11 @@ def run(
 
     from accelerate import PartialState
 
+    from diffalign.cli.terminal import quiet_loading
     from diffalign.engine.evaluate import sample_images
     from diffalign.policies import Policy
 
+    quiet_loading()
     chosen = read(prompts)
     policy = Policy.from_pretrained(locate(pipeline.path), dtype=pipeline.dtype, revision=pipeline.revision)
     policy.pipe.to(PartialState().device)

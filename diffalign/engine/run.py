@@ -215,7 +215,7 @@ def summarise(run: Run) -> report.Summary:
 @contextmanager
 def progress(run: Run) -> Iterator[Callable[[Row], None]]:
     """A bar on the main process: step, rewards, distance to the reference, speed, time left. Yields its update."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[told]}"), disable=not run.is_main) as bar:
         steps = run.recipe.max_train_steps
         task = bar.add_task("training", total=steps, completed=run.trainer.step, told="")
@@ -223,8 +223,7 @@ def progress(run: Run) -> Iterator[Callable[[Row], None]]:
 
         def show(row: Row) -> None:
             heldout.update({name.removeprefix("heldout/"): v for name, v in row.items() if name.startswith("heldout/")})
-            told = {"reward": row["reward"], **heldout, "mse to reference": row["prediction_mse"]}
-            text = "  ".join(f"{name} {value:.3f}" for name, value in told.items())
-            bar.update(task, completed=int(row["step"]), told=f"{text}  {row['samples_per_s']:.1f} images/s")
+            told = {"reward": row["reward"], **heldout, "distance": row["prediction_mse"], "images/s": row["samples_per_s"]}
+            bar.update(task, completed=row["step"], told="  ".join(f"{name} {value:.3g}" for name, value in told.items()))
 
         yield show

@@ -7,6 +7,8 @@ reports) is `diffalign.engine`'s business; a `Trainer` alone is enough in a note
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,13 @@ from diffalign.policies import Policy
 from diffalign.rewards import Reward, as_reward
 
 Row = dict[str, float]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch has held on a CUDA device, elsewhere the most that the process has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class StepFailed(RuntimeError):
@@ -131,13 +140,14 @@ class Trainer:
             sums, ledger = self.accumulate(prompts[rank::world])
         self._sum_gradients()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
-        row = {"step": self.step + 1.0, **self._means(sums), "grad_norm": float(grad_norm)}
+        row = {"step": self.step + 1, **self._means(sums), "grad_norm": float(grad_norm)}
         self._refuse(row)
         row["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.lr_scheduler.step()
         self.step += 1
         ledger.seconds = time.perf_counter() - started
+        ledger.peak_memory_bytes = peak_memory(self.policy.device)
         images = len(prompts) * self.training.group_size
         return row | ledger.as_dict() | {"samples_per_s": images / ledger.seconds}
 
