@@ -139,10 +139,10 @@ def _t5_tokenizer() -> T5Tokenizer:
 
 
 def _finish(pipe: Any, dtype: torch.dtype) -> Any:
-    if dtype != torch.float32:
-        for component in pipe.components.values():
-            if isinstance(component, torch.nn.Module):
-                # torch's own `to`: that of diffusers warns of fp32 modules even where there are none.
-                torch.nn.Module.to(component, dtype)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()  # as `from_pretrained` leaves it; T5 has dropout
+            # torch's own `to`: that of diffusers warns of fp32 modules even where there are none.
+            torch.nn.Module.to(component, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe

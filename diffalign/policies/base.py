@@ -83,12 +83,16 @@ class Policy(LoraAdapter, ABC):
         Raises:
             ValueError: as :meth:`wrap`, or the type is not a floating type of torch.
         """
-        from diffusers import DiffusionPipeline
+        from diffusers import DiffusionPipeline, __version__
+        from packaging.version import Version
 
         given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(given, torch.dtype) or not given.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is not a floating type: use 'float32', 'bfloat16' or 'float16'")
-        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=given, revision=revision, use_safetensors=True)
+        keyword = (
+            "dtype" if Version(__version__) >= Version("0.42") else "torch_dtype"
+        )  # each warns of the other's name
+        pipe = DiffusionPipeline.from_pretrained(str(path), revision=revision, use_safetensors=True, **{keyword: given})
         return cls.wrap(pipe)
 
     @abstractmethod

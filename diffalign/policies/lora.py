@@ -180,6 +180,8 @@ class LoraAdapter:
             if present is not None:
                 self._copy(incoming, present)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if present is None and self.adapter_name is not None:
+                self.denoiser.unload_lora()
             raise ValueError(f"{file} is not a LoRA of this {self.denoiser_name}: {error}") from error
         finally:
             if present is not None:
@@ -194,8 +196,8 @@ class LoraAdapter:
         if not same_shape or any(layer.scaling.get(source) != layer.scaling.get(target) for layer in layers):
             config = self.denoiser.peft_config[source]
             raise ValueError(
-                f"it has rank {config.r}, alpha {config.lora_alpha} and {len(new)} tensors, unlike the present adapter; "
-                "ask for that rank, alpha and those layers, or load it without adding an adapter first"
+                f"it has rank {config.r}, alpha {config.lora_alpha} and {len(new)} tensors, unlike the present "
+                "adapter; ask for that rank, alpha and those layers, or load it without adding an adapter first"
             )
         for name, tensor in new.items():
             old[name].data.copy_(tensor)

@@ -1,0 +1,117 @@
+"""What a rollout runs on, and what it records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffalign.laws import Law, Level, Normal, Prediction, Schedule
+from diffalign.ledger import Ledger
+from diffalign.noise import Address, normal
+from diffalign.policies import Condition, Guidance, Policy
+from diffalign.rollout.gradient import Plan
+
+
+@dataclass
+class Trajectory:
+    """What a rollout of B rows and N steps recorded.
+
+    Attributes:
+        latents: (B, C, h, w) the result, before decoding.
+        stochastic: (N,) bool on the host; steps that have a density.
+        states: N + 1 states (B, C, h, w) in fp32, the first is the noise, or None if not asked for.
+        log_probs: (B, N) log-density of each step's state, 0 at deterministic steps, or None if not asked for.
+        transitions: N Gaussians that the states were drawn from, or None if not asked for.
+        plan: where the gradient flows; None for a rollout without gradient.
+        prediction_mse: (B,) mean over the steps with gradient, and over elements, of the squared difference between the
+            predictions of policy and reference (the penalty of DRaFT+), or None.
+        kl: (B,) KL to the reference in nats, summed over the stochastic steps with gradient, or None.
+        ledger: denoiser evaluations and the backward passes that one ``backward()`` takes; checkpointed evaluations
+            that are computed again are not counted twice.
+    """
+
+    latents: Tensor
+    stochastic: Tensor
+    states: list[Tensor] | None = None
+    log_probs: Tensor | None = None
+    transitions: list[Normal] | None = None
+    plan: Plan | None = None
+    prediction_mse: Tensor | None = None
+    kl: Tensor | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass
+class Chain:
+    """The parts of a rollout that do not change from step to step. Tables go to the device once, before the loop."""
+
+    policy: Policy
+    law: Law
+    condition: Condition
+    rows: Sequence[Address]
+    seed: int
+    levels: Level
+    targets: Level
+    stochastic: list[bool]
+    shape: tuple[int, int, int]
+    guidance_scale: float
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        condition: Condition,
+        law: Law,
+        schedule: Schedule,
+        rows: Sequence[Address],
+        seed: int,
+        guidance_scale: float,
+        size: tuple[int | None, int | None],
+    ) -> "Chain":
+        """Prepare the chain of a batch; ValueError unless each condition has its noise address."""
+        if len(rows) != len(condition):
+            raise ValueError(f"{len(rows)} noise addresses for {len(condition)} conditions: give one for each row")
+        steps = torch.arange(len(schedule))
+        return cls(
+            policy=policy,
+            law=law,
+            condition=condition,
+            rows=rows,
+            seed=seed,
+            levels=schedule.level(steps, policy.device),
+            targets=schedule.target(steps, policy.device),
+            stochastic=(law.stds(schedule) > 0).tolist(),
+            shape=policy.latent_shape(*size),
+            guidance_scale=guidance_scale,
+        )
+
+    def draw(self, purpose: str, step: int = 0) -> Tensor:
+        """Draw addressed noise of the state's shape, (B, C, h, w)."""
+        policy = self.policy
+        where = {"device": policy.device, "dtype": policy.state_dtype}
+        return normal(self.shape, seed=self.seed, purpose=purpose, rows=self.rows, step=step, **where)
+
+    def initial(self) -> Tensor:
+        """Return the first state, (B, C, h, w)."""
+        return self.policy.initial_latents(self.draw("initial"))
+
+    def level(self, i: int) -> Level:
+        """Return the level of evaluation i for every row."""
+        return self.levels.rows(slice(i, i + 1)).expand(len(self.rows))
+
+    def predict(self, i: int, x: Tensor, guidance: Guidance = "pipeline") -> Prediction:
+        """Evaluate the policy at a state of step i."""
+        return self.policy.predict(x, self.level(i), self.condition, self.guidance_scale, guidance)
+
+    def transition(self, i: int, prediction: Prediction) -> Normal:
+        """Return the Gaussian of the state after step i."""
+        return self.law.step(prediction, self.targets.rows(slice(i, i + 1)).expand(len(self.rows)))
+
+    def next(self, i: int, transition: Normal) -> Tensor:
+        """Draw the state after step i with its addressed noise."""
+        return transition.sample(self.draw("step", i)) if self.stochastic[i] else transition.mean
+
+    def evaluations(self) -> int:
+        """Return the denoiser evaluations of one step of all rows."""
+        return len(self.rows) * self.policy.evaluations_per_prediction(self.guidance_scale)

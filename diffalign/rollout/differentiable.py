@@ -1,0 +1,105 @@
+"""Rollouts that the gradient of a reward flows back through."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+
+from diffalign.laws import Law, Prediction, Schedule
+from diffalign.ledger import Ledger
+from diffalign.noise import Address
+from diffalign.policies import Condition, Guidance, Policy
+from diffalign.rollout.chain import Chain, Trajectory
+from diffalign.rollout.gradient import Plan
+
+
+def differentiable_rollout(
+    policy: Policy,
+    condition: Condition,
+    law: Law,
+    schedule: Schedule,
+    *,
+    rows: Sequence[Address],
+    seed: int,
+    guidance_scale: float,
+    plan: Plan,
+    guidance: Guidance = "pipeline",
+    checkpoint: bool = True,
+    reference: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+) -> Trajectory:
+    """Sample with a graph from the policy's parameters to the result, where the plan says so.
+
+    Steps outside the plan build no graph and are not checkpointed. Under DRTune's plan an evaluation without graph
+    between two that have one leaves the sampler's own path from state to state differentiable.
+
+    Args:
+        policy: the policy.
+        condition: encoded prompts, one for each row.
+        law: the law of a step; its noise is a constant of the gradient.
+        schedule: the levels.
+        rows: noise address of each row.
+        seed: the run's seed.
+        guidance_scale: weight of classifier-free guidance.
+        plan: where the gradient flows, from a :class:`GradientRule`.
+        guidance: "detach_unconditional" leaves the unconditional branch without graph.
+        checkpoint: store only the state of each step with gradient and evaluate it again in the backward pass.
+        reference: measure the distance to the policy with its adapter off, at the same states.
+        height: of the images in pixels, default as the pipeline's.
+        width: likewise.
+
+    Raises:
+        ValueError: gradients are disabled, or the policy has no trainable parameter.
+    """
+    if not torch.is_grad_enabled() or not policy.trainable():
+        reason = "the policy has no trainable parameter" if torch.is_grad_enabled() else "gradients are disabled"
+        raise ValueError(f"nothing to differentiate, {reason}: call policy.add_lora(...) and leave torch.no_grad()")
+    chain = Chain.of(policy, condition, law, schedule, rows, seed, guidance_scale, (height, width))
+    x = chain.initial()
+    result = Trajectory(x, torch.tensor(chain.stochastic), plan=plan)
+    squares, divergences = [], []
+    last = len(schedule) - 1 if plan.stop is None else plan.stop
+    for i in range(last + 1):
+        prediction = _predict_planned(chain, i, x, plan, guidance, checkpoint)
+        moves = i != plan.stop
+        step = chain.transition(i, prediction) if moves else None
+        if reference and i in plan.graded:
+            anchor = _reference(chain, i, x)
+            squares.append((prediction.output - anchor.output).square().flatten(1).mean(1))
+            if step is not None and chain.stochastic[i]:
+                divergences.append(step.kl(chain.transition(i, anchor), "sum", validate=False))
+        x = prediction.x0 if step is None else chain.next(i, step)
+    result.latents = x
+    result.prediction_mse = torch.stack(squares).mean(0) if squares else None
+    result.kl = torch.stack(divergences).sum(0) if divergences else None
+    evaluated = last + 1 + (len(plan.graded) if reference else 0)
+    backward = len(rows) if guidance == "detach_unconditional" else chain.evaluations()
+    result.ledger = Ledger(evaluated * chain.evaluations(), len(plan.graded) * backward)
+    return result
+
+
+def _predict_planned(chain: Chain, i: int, x: Tensor, plan: Plan, guidance: Guidance, checkpoint: bool) -> Prediction:
+    """Predict at a state that keeps its graph; the evaluation has one only where the plan says so."""
+
+    def output(state: Tensor) -> Tensor:
+        return chain.predict(i, state, guidance).output
+
+    if i not in plan.graded:
+        with torch.no_grad():
+            evaluated = output(x)
+    else:
+        state = x.detach() if plan.detach_input else x
+        # Nothing in an evaluation is random, so no random state need be kept for its repetition.
+        evaluated = (
+            recompute(output, state, use_reentrant=False, preserve_rng_state=False) if checkpoint else output(state)
+        )
+    return Prediction(evaluated, x, chain.level(i), chain.policy.prediction_kind())
+
+
+def _reference(chain: Chain, i: int, x: Tensor) -> Prediction:
+    """The reference's prediction, a constant, at the same state, which keeps its graph so that it cancels in a KL."""
+    with torch.no_grad(), chain.policy.reference():
+        evaluated = chain.predict(i, x).output
+    return Prediction(evaluated, x, chain.level(i), chain.policy.prediction_kind())

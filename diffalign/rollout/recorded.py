@@ -1,0 +1,199 @@
+"""Rollouts without gradient, and their transitions evaluated again."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign.laws import Law, Normal, Reduction, Schedule
+from diffalign.noise import Address
+from diffalign.policies import Condition, Guidance, Policy
+from diffalign.rollout.chain import Chain, Trajectory
+
+
+@torch.no_grad()
+def rollout(
+    policy: Policy,
+    condition: Condition,
+    law: Law,
+    schedule: Schedule,
+    *,
+    rows: Sequence[Address],
+    seed: int,
+    guidance_scale: float,
+    micro_batch_size: int | None = None,
+    record_states: bool = False,
+    record_log_probs: Reduction | None = None,
+    record_transitions: bool = False,
+    height: int | None = None,
+    width: int | None = None,
+) -> Trajectory:
+    """Sample without gradient. The same rows and seed give the same images in whatever micro-batches.
+
+    Args:
+        policy: the policy.
+        condition: encoded prompts, one for each row.
+        law: the law of a step.
+        schedule: the levels, from ``policy.schedule``.
+        rows: noise address of each row, ``(prompt_id, sample_index)``.
+        seed: the run's seed.
+        guidance_scale: weight of classifier-free guidance, none at 1 or less.
+        micro_batch_size: rows evaluated at once. It bounds memory; a kernel may round differently for another size.
+        record_states: keep every state.
+        record_log_probs: keep every step's log-density, reduced so over the latent elements.
+        record_transitions: keep every step's Gaussian.
+        height: of the images in pixels, default as the pipeline's.
+        width: likewise.
+
+    Returns:
+        The trajectory of all rows.
+    """
+    size = micro_batch_size or len(rows)
+    parts = []
+    for start in range(0, len(rows), size):
+        index = slice(start, start + size)
+        chain = Chain.of(
+            policy, condition.rows(index), law, schedule, rows[index], seed, guidance_scale, (height, width)
+        )
+        parts.append(_sample(chain, record_states, record_log_probs, record_transitions))
+    return parts[0] if len(parts) == 1 else _cat(parts)
+
+
+def _sample(chain: Chain, states: bool, reduction: Reduction | None, transitions: bool) -> Trajectory:
+    x = chain.initial()
+    result = Trajectory(x, torch.tensor(chain.stochastic), [x] if states else None)
+    result.transitions = [] if transitions else None
+    log_probs = []
+    for i, stochastic in enumerate(chain.stochastic):
+        transition = chain.transition(i, chain.predict(i, x))
+        x = chain.next(i, transition)
+        if reduction is not None:
+            # Of the very tensor that is stored; the host table says which steps have a density.
+            log_probs.append(transition.log_prob(x, reduction, validate=False) if stochastic else x.new_zeros(len(x)))
+        if result.states is not None:
+            result.states.append(x)
+        if result.transitions is not None:
+            result.transitions.append(transition)
+    result.latents = x
+    result.log_probs = torch.stack(log_probs, 1) if log_probs else None
+    result.ledger.denoiser_evaluations = len(chain.stochastic) * chain.evaluations()
+    return result
+
+
+def _cat(parts: list[Trajectory]) -> Trajectory:
+    first = parts[0]
+    result = Trajectory(torch.cat([p.latents for p in parts]), first.stochastic)
+    if first.states is not None:
+        result.states = [torch.cat(states) for states in zip(*(p.states for p in parts), strict=True)]  # type: ignore
+    if first.log_probs is not None:
+        result.log_probs = torch.cat([p.log_probs for p in parts])  # type: ignore[misc]
+    if first.transitions is not None:
+        steps = zip(*(p.transitions for p in parts), strict=True)  # type: ignore[misc]
+        result.transitions = [Normal(torch.cat([n.mean for n in s]), torch.cat([n.std for n in s])) for s in steps]
+    for part in parts:
+        result.ledger.add(part.ledger)
+    return result
+
+
+def transition(
+    policy: Policy,
+    trajectory: Trajectory,
+    condition: Condition,
+    law: Law,
+    schedule: Schedule,
+    step: int,
+    *,
+    guidance_scale: float,
+    guidance: Guidance = "pipeline",
+    micro_batch_size: int | None = None,
+) -> Normal:
+    """Return the Gaussian of a recorded step under the policy as it is now, for log-densities, ratios and divergences.
+
+    With the micro-batches of the rollout it equals the recorded one exactly until the weights move, so that
+    ``transition(...).log_ratio(states[step + 1], trajectory.transitions[step], reduction)`` is exactly 0. Gradients are
+    recorded where they are enabled.
+
+    Args:
+        policy: the policy.
+        trajectory: recorded with ``record_states=True``.
+        condition: the rollout's.
+        law: the rollout's.
+        schedule: the rollout's.
+        step: index of the step.
+        guidance_scale: the rollout's.
+        guidance: how gradients go through guidance; "detach_unconditional" evaluates in another layout than a rollout.
+        micro_batch_size: rows evaluated at once.
+
+    Raises:
+        ValueError: the trajectory holds no states.
+    """
+    if trajectory.states is None:
+        raise ValueError("the trajectory holds no states: record it with record_states=True")
+    x = trajectory.states[step]
+    level, target = schedule.level(step, x.device), schedule.target(step, x.device)
+    parts = []
+    for start in range(0, len(x), micro_batch_size or len(x)):
+        index = slice(start, start + (micro_batch_size or len(x)))
+        chunk = x[index]
+        at = level.expand(len(chunk))
+        prediction = policy.predict(chunk, at, condition.rows(index), guidance_scale, guidance)
+        parts.append(law.step(prediction, target.expand(len(chunk))))
+    return Normal(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
+
+
+def log_probs(
+    policy: Policy,
+    trajectory: Trajectory,
+    condition: Condition,
+    law: Law,
+    schedule: Schedule,
+    *,
+    guidance_scale: float,
+    reduction: Reduction,
+    guidance: Guidance = "pipeline",
+    steps: Sequence[int] | None = None,
+    micro_batch_size: int | None = None,
+) -> Tensor:
+    """Return the log-densities of recorded steps under the policy as it is now.
+
+    Args:
+        policy: as in :func:`transition`, like all that is not named here.
+        trajectory: likewise.
+        condition: likewise.
+        law: likewise.
+        schedule: likewise.
+        guidance_scale: likewise.
+        reduction: over the latent elements.
+        guidance: likewise.
+        steps: which ones, default every stochastic step.
+        micro_batch_size: likewise.
+
+    Returns:
+        (B, number of steps).
+
+    Raises:
+        ValueError: the trajectory holds no states, or a step is deterministic.
+    """
+    stochastic = trajectory.stochastic.nonzero().flatten().tolist()
+    chosen = stochastic if steps is None else list(steps)
+    silent = sorted(set(chosen) - set(stochastic))
+    if silent or not chosen:
+        raise ValueError(
+            f"steps {silent or 'of this law'} are deterministic and have no log-density: choose among {stochastic}, "
+            "or use a stochastic law (DDIM eta > 0, FlowSDE a > 0)"
+        )
+    columns = []
+    for i in chosen:
+        now = transition(
+            policy,
+            trajectory,
+            condition,
+            law,
+            schedule,
+            i,
+            guidance_scale=guidance_scale,
+            guidance=guidance,
+            micro_batch_size=micro_batch_size,
+        )
+        columns.append(now.log_prob(trajectory.states[i + 1], reduction, validate=False))  # type: ignore[index]
+    return torch.stack(columns, 1)
