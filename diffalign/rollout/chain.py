@@ -69,9 +69,7 @@ class Chain:
         guidance_scale: float,
         size: tuple[int | None, int | None],
     ) -> "Chain":
-        """Prepare the chain of a batch; ValueError unless each condition has its noise address."""
-        if len(rows) != len(condition):
-            raise ValueError(f"{len(rows)} noise addresses for {len(condition)} conditions: give one for each row")
+        """Prepare the chain of a batch."""
         steps = torch.arange(len(schedule))
         return cls(
             policy=policy,
@@ -115,3 +113,9 @@ class Chain:
     def evaluations(self) -> int:
         """Return the denoiser evaluations of one step of all rows."""
         return len(self.rows) * self.policy.evaluations_per_prediction(self.guidance_scale)
+
+
+def check_rows(rows: Sequence[Address], condition: Condition) -> None:
+    """Raise ValueError unless each condition has its noise address."""
+    if len(rows) != len(condition):
+        raise ValueError(f"{len(rows)} noise addresses for {len(condition)} conditions: give one for each row")

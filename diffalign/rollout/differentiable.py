@@ -10,7 +10,7 @@ from diffalign.laws import Law, Prediction, Schedule
 from diffalign.ledger import Ledger
 from diffalign.noise import Address
 from diffalign.policies import Condition, Guidance, Policy
-from diffalign.rollout.chain import Chain, Trajectory
+from diffalign.rollout.chain import Chain, Trajectory, check_rows
 from diffalign.rollout.gradient import Plan
 
 
@@ -51,11 +51,13 @@ def differentiable_rollout(
         width: likewise.
 
     Raises:
-        ValueError: gradients are disabled, or the policy has no trainable parameter.
+        ValueError: gradients are disabled, the policy has no trainable parameter, or rows and conditions differ in
+            number.
     """
     if not torch.is_grad_enabled() or not policy.trainable():
         reason = "the policy has no trainable parameter" if torch.is_grad_enabled() else "gradients are disabled"
         raise ValueError(f"nothing to differentiate, {reason}: call policy.add_lora(...) and leave torch.no_grad()")
+    check_rows(rows, condition)
     chain = Chain.of(policy, condition, law, schedule, rows, seed, guidance_scale, (height, width))
     x = chain.initial()
     result = Trajectory(x, torch.tensor(chain.stochastic), plan=plan)

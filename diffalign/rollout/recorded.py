@@ -8,7 +8,7 @@ from torch import Tensor
 from diffalign.laws import Law, Normal, Reduction, Schedule
 from diffalign.noise import Address
 from diffalign.policies import Condition, Guidance, Policy
-from diffalign.rollout.chain import Chain, Trajectory
+from diffalign.rollout.chain import Chain, Trajectory, check_rows
 
 
 @torch.no_grad()
@@ -47,7 +47,11 @@ def rollout(
 
     Returns:
         The trajectory of all rows.
+
+    Raises:
+        ValueError: rows and conditions differ in number.
     """
+    check_rows(rows, condition)
     size = micro_batch_size or len(rows)
     parts = []
     for start in range(0, len(rows), size):
