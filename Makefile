@@ -2,7 +2,8 @@
 SHELL := bash
 PYTHON ?= python3
 PY := .venv/bin/python
-INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# Python compiles what is imported when it is; pip would compile all of transformers.
+INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt
 
 # OpenMP's threads spin while they wait by default, which is many times slower as soon as another process wants the cores.
 export OMP_WAIT_POLICY := passive
