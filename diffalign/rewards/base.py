@@ -47,6 +47,7 @@ class Reward:
 
     name: str
     differentiable: bool = False
+    _told: bool = False  # whether a failure was reported already
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Raw scores (B,) of images (B, 3, H, W) in [0, 1]. Exceptions, NaN and infinities become failed scores."""
@@ -116,7 +117,7 @@ class Reward:
         return value if value.dtype == torch.float64 else value.float()
 
     def _tell(self, reasons: dict[int, str]) -> None:
-        if reasons and not getattr(self, "_told", False):
+        if reasons and not self._told:
             self._told = True
             logger.warning(
                 "reward %r failed on %d sample(s); the first: %s. Failed samples are left out and counted as "
