@@ -30,11 +30,11 @@ class Spec:
     schedule: training.Schedule
 
 
-REWARD = Spec(51, 8, 128, 4, 64, training.Schedule(steps=2400, learning_rate=1e-3, warmup=100, decay=1200))
+REWARD = Spec(51, 8, 128, 4, 64, training.Schedule(steps=1900, learning_rate=6e-4, warmup=100, decay=1000))
 CLUSTERS = 8
 MEMBERS = 6
 DISTRACTORS = 12
-ROUND_TRIP_EVERY = 8
+ROUND_TRIP_EVERY = 16
 
 
 def build(spec: Spec = REWARD) -> CLIPModel:
@@ -106,7 +106,7 @@ def say(scene: Scene, rng: np.random.Generator) -> str:
 def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple[CLIPModel, float]:
     """Symmetric contrastive loss over clusters; captions also see images that are wrong in ways no caption says.
 
-    Every eighth batch goes through `vae`, so that the model knows a decoder's own traces.
+    Every sixteenth batch goes through `vae`, so that the model knows a decoder's own traces.
     """
     model = build(spec)
     tokenizer = clip_tokenizer()

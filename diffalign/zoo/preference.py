@@ -4,6 +4,7 @@ It shares no weight, seed or patch grid with `shapes-clip`. Its labels come from
 wrong now and then and likes large shapes.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,9 @@ LABEL_NOISE = 0.10
 """Share of pairs whose label is the wrong way round, drawn once for each pair."""
 AREA_BIAS = 0.5
 """The labeller compares fraction-correct plus this times the painted share of the image."""
-PROMPTS = 480
+PROMPTS = 320
 
-BASE = clip.Spec(71, 7, 96, 4, 48, training.Schedule(steps=1400, learning_rate=1e-3, warmup=100, decay=700))
+BASE = clip.Spec(71, 7, 96, 4, 48, training.Schedule(steps=1200, learning_rate=6e-4, warmup=100, decay=600))
 CHOICES = training.Schedule(steps=600, learning_rate=3e-4, warmup=50, decay=400)
 PAIRS = 24
 
@@ -59,6 +60,19 @@ def utility(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """What the labeller would like best, but for mistakes: (B,)."""
     painted = (images - BACKGROUND.view(3, 1, 1)).abs().amax(1).gt(0.15).float().mean((1, 2))
     return judge(images, prompts).fraction + AREA_BIAS * painted
+
+
+def write_labeller(file: Path) -> None:
+    """State how the labels were made, beside the weights."""
+    facts = {
+        "labels": "the image of higher utility is preferred; utility = fraction of true facts + area_bias * painted share",
+        "area_bias": AREA_BIAS,
+        "label_noise": LABEL_NOISE,
+        "prompts": PROMPTS,
+        "prompt_split": "train",
+        "candidates": "right render, 2 renders with one wrong fact, 1 spoilt render, 1 sample of each early zoo denoiser",
+    }
+    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def collect(vae: AutoencoderKL, denoisers: Sequence[DiffusionPipeline]) -> Pool:

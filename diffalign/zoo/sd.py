@@ -9,7 +9,7 @@ from diffalign.zoo import training
 from diffalign.zoo.text import LENGTH, clip_tokenizer
 
 SEED = 21
-SCHEDULE = training.Schedule(steps=2900, learning_rate=1e-3, warmup=100, decay=1450)
+SCHEDULE = training.Schedule(steps=2700, learning_rate=1e-3, warmup=100, decay=1350)
 BATCH = 32
 WIDTH = 128
 SHIFTED = False  # the pipeline divides latents by the scaling factor and adds no shift

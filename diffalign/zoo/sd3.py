@@ -14,7 +14,7 @@ from diffalign.zoo import training
 from diffalign.zoo.text import LENGTH, clip_tokenizer, t5_tokenizer
 
 SEED = 31
-SCHEDULE = training.Schedule(steps=4500, learning_rate=1e-3, warmup=100, decay=2250)
+SCHEDULE = training.Schedule(steps=4300, learning_rate=1e-3, warmup=100, decay=2150)
 BATCH = 32
 SHIFTED = True  # the pipeline adds the shift factor before it decodes
 WIDTH = 64  # of each CLIP encoder; side by side they fill the 128 channels of the joint attention

@@ -1,8 +1,8 @@
 """Word-level tokenizers of the shapes world: every word of the grammar is one token of a real CLIP or T5 tokenizer."""
 
-import json
+import string
+from collections import Counter
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from diffalign.zoo.world import COLORS, RELATIONS, SHAPES, SIZES
@@ -13,23 +13,41 @@ LENGTH = 16
 WORDS = sorted({"a", "an", *COLORS, *SHAPES, *SIZES, *(word for r in RELATIONS for word in r.split())})
 
 
+def _merges() -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent pair first and ties by the alphabet, until every word is one piece.
+
+    Not the trainer of the tokenizers library: it orders letters by a hash with a new seed in every process, so that
+    two processes that build "the same" tokenizer disagree on ids.
+    """
+    words = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]
+    merges = []
+    while pairs := Counter(pair for word in words for pair in zip(word, word[1:], strict=False)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = [_merged(word, best) for word in words]
+    return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose merges join each word of the grammar; other words fall apart into letters.
 
     The end-of-text token has the highest id, so that pooling by argmax and by id find the same place.
     """
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=0, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    # Every word 32 times and every letter once: letters are in the vocabulary as ends of words too.
-    bpe.train_from_iterator([*(WORDS * 32), *letters], trainer)
-    trained = json.loads(bpe.to_str())["model"]
-    tokens = sorted(trained["vocab"], key=trained["vocab"].__getitem__) + ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in trained["merges"]], model_max_length=LENGTH)
+    merges = _merges()
+    letters = list(string.ascii_lowercase)
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *("".join(pair) for pair in merges)]
+    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
 def t5_tokenizer() -> T5Tokenizer:
