@@ -13,7 +13,6 @@ from diffalign.engine.evaluate import Evaluation, image_diversity
 from diffalign.engine.tracking import read_metrics
 from diffalign.ledger import Ledger
 from diffalign.noise import normal
-from diffalign.registry import locate
 from diffalign.report import Figure, Pair, Summary, compare
 from diffalign.rewards import Reward
 from diffalign.versions import versions
@@ -44,8 +43,9 @@ def compare_with_reference(
     rows = range(0, min(len(ids), GALLERY * settings.num_images_per_prompt), settings.num_images_per_prompt)
     folder = output_dir / "samples" / "test"
     return Summary(
-        title=f"{recipe.pipeline.path.removeprefix('zoo:')}: {recipe.method.name}",
-        pipeline=locate(recipe.pipeline.path),
+        title=f"{Path(recipe.pipeline.path).name.removeprefix('zoo:')}: {recipe.method.name}",
+        pipeline=recipe.pipeline.path,
+        prompts=recipe.prompts.test,
         facts={
             "method": recipe.method.name,
             "training": f"{recipe.max_train_steps} steps of {recipe.num_prompts_per_step * recipe.group_size} images",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import media
-from diffalign.registry import resolve_data
+from diffalign.registry import locate
 from diffalign.report.charts import curves, read_metrics
 from diffalign.report.gallery import before_after, enlarged
 from diffalign.report.statistics import Figure
@@ -177,17 +177,21 @@ def _cost_cells(row: dict[str, float]) -> list[str]:
 
 
 def _snippet(run_dir: Path, summary: Summary) -> str:
-    """Python that draws with the LoRA and diffusers alone."""
-    path = resolve_data(summary.pipeline, relative_to=Path.cwd())
-    pipeline = str(path) if path.exists() else summary.pipeline  # diffusers knows no zoo:
+    """Plain diffusers: the first image of the gallery again where its noise was kept, else an image like it."""
     prompt = summary.gallery[0].prompt if summary.gallery else "a prompt of yours"
     arguments = "".join(f", {key}={value!r}" for key, value in summary.sampling.items())
-    return (
-        "from diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})\n"
-        f"pipe.load_lora_weights({str(run_dir / summary.lora)!r})\n"
-        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{arguments}).images[0]\n"
-    )
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({locate(summary.pipeline)!r})",  # diffusers knows no zoo:
+        f"pipe.load_lora_weights({str(run_dir / summary.lora)!r})",
+    ]
+    if summary.gallery and summary.noise is not None:
+        number = Path(summary.gallery[0].tuned).name.partition("-")[0]
+        lines.insert(1, "from safetensors.torch import load_file")
+        lines.append(f"noise = load_file({str(run_dir / summary.noise)!r})")
+        arguments += f", latents=noise[{number!r}][None]"
+    return "\n".join([*lines, f"image = pipe({json.dumps(prompt, ensure_ascii=False)}{arguments}).images[0]", ""])
 
 
 def _command(run_dir: Path, summary: Summary) -> str:

@@ -44,7 +44,9 @@ def gradient(make=tiny_sd, **settings):
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
-@pytest.mark.parametrize("kind", [{"kind": "last_k", "k": 2}, {"kind": "drtune", "k": 2}, {"kind": "random_k", "high": 3}])
+@pytest.mark.parametrize(
+    "kind", [{"kind": "last_k", "k": 2}, {"kind": "drtune", "k": 2}, {"kind": "random_k", "high": 3}]
+)
 def test_micro_batches_do_not_change_the_gradient(make, kind):
     whole, sums, ledger = gradient(make, gradient=kind)
     split, split_sums, split_ledger = gradient(make, gradient=kind, micro_batch_size=1)
@@ -94,7 +96,8 @@ def test_distance_to_the_reference_starts_at_zero_and_is_felt():
     free.train(PROMPTS, steps=8)
     assert held_history["prediction_mse"][0] == 0.0
     weight = [
-        sum(float(p.detach().square().sum()) for n, p in t.policy.trainable().items() if "lora_B" in n) for t in (free, held)
+        sum(float(p.detach().square().sum()) for n, p in t.policy.trainable().items() if "lora_B" in n)
+        for t in (free, held)
     ]
     assert weight[1] < weight[0]
 
@@ -153,7 +156,9 @@ def test_resumed_training_equals_uninterrupted_training():
         assert torch.equal(p, q)
     clocks = {"seconds", "samples_per_s", "peak_memory_bytes"}
     for ours, theirs in zip(resumed, rows[2:], strict=True):
-        assert {k: v for k, v in ours.items() if k not in clocks} == {k: v for k, v in theirs.items() if k not in clocks}
+        assert {k: v for k, v in ours.items() if k not in clocks} == {
+            k: v for k, v in theirs.items() if k not in clocks
+        }
 
 
 def test_learning_rate_schedule_is_followed():
