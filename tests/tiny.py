@@ -27,7 +27,7 @@ from transformers import (  # noqa: E402
     T5Tokenizer,
 )
 
-TOKENS = 12
+TOKENS = 16
 
 
 def tiny_sd(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: Any) -> StableDiffusionPipeline:

@@ -54,9 +54,7 @@ def differentiable_rollout(
         ValueError: gradients are disabled, the policy has no trainable parameter, or rows and conditions differ in
             number.
     """
-    if not torch.is_grad_enabled() or not policy.trainable():
-        reason = "the policy has no trainable parameter" if torch.is_grad_enabled() else "gradients are disabled"
-        raise ValueError(f"nothing to differentiate, {reason}: call policy.add_lora(...) and leave torch.no_grad()")
+    _check_trainable(policy)
     check_rows(rows, condition)
     chain = Chain.of(policy, condition, law, schedule, rows, seed, guidance_scale, (height, width))
     x = chain.initial()
@@ -65,8 +63,7 @@ def differentiable_rollout(
     last = len(schedule) - 1 if plan.stop is None else plan.stop
     for i in range(last + 1):
         prediction = _predict_planned(chain, i, x, plan, guidance, checkpoint)
-        moves = i != plan.stop
-        step = chain.transition(i, prediction) if moves else None
+        step = None if i == plan.stop else chain.transition(i, prediction)
         if reference and i in plan.graded:
             anchor = _reference(chain, i, x)
             squares.append((prediction.output - anchor.output).square().flatten(1).mean(1))
@@ -76,10 +73,17 @@ def differentiable_rollout(
     result.latents = x
     result.prediction_mse = torch.stack(squares).mean(0) if squares else None
     result.kl = torch.stack(divergences).sum(0) if divergences else None
-    evaluated = last + 1 + (len(plan.graded) if reference else 0)
-    backward = len(rows) if guidance == "detach_unconditional" else chain.evaluations()
-    result.ledger = Ledger(evaluated * chain.evaluations(), len(plan.graded) * backward)
+    result.ledger = Ledger(
+        denoiser_evaluations=(last + 1 + len(squares)) * chain.evaluations(),
+        backward_passes=len(plan.graded) * (len(rows) if guidance == "detach_unconditional" else chain.evaluations()),
+    )
     return result
+
+
+def _check_trainable(policy: Policy) -> None:
+    if not torch.is_grad_enabled() or not policy.trainable():
+        reason = "the policy has no trainable parameter" if torch.is_grad_enabled() else "gradients are disabled"
+        raise ValueError(f"nothing to differentiate, {reason}: call policy.add_lora(...) and leave torch.no_grad()")
 
 
 def _predict_planned(chain: Chain, i: int, x: Tensor, plan: Plan, guidance: Guidance, checkpoint: bool) -> Prediction:

@@ -45,8 +45,9 @@ def test_sd_at_eta_0_equals_its_pipeline(kind: str, spacing: str, steps: int, gu
     expected = pipeline_latents(pipe, steps, guidance_scale)
     found = policy_latents(pipe, steps, guidance_scale, DDIM(0.0))
     assert torch.isfinite(expected).all()
-    scale = expected.abs().max().item()
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * scale)
+    # From x_0 the noise is a difference divided by a small sigma, which amplifies rounding at the last steps.
+    bound = (2e-5 if kind == "sample" else 5e-6) * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize(
