@@ -45,7 +45,7 @@ def _flatten(node: Tree, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         return {type(node).__name__: [_flatten(value, f"{path}/{i}", tensors) for i, value in enumerate(node)]}
     if node is None or type(node) in (bool, int, float, str):
         return node
-    raise TypeError(f"cannot save {type(node).__name__} at '{path}': only tensors, JSON scalars, dicts, lists and tuples")
+    raise TypeError(f"cannot save {type(node).__name__} at '{path}': only tensors, JSON scalars, dict, list, tuple")
 
 
 def _restore(layout: Any, tensors: dict[str, torch.Tensor]) -> Tree:

@@ -13,8 +13,8 @@ def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(prog="python -m diffalign.zoo", description=__doc__)
     parser.add_argument("name", choices=NAMES, help="what to build; what it needs is built first")
-    parser.add_argument("--work-dir", type=Path, default=Path("runs/zoo"), help="checkpoints and logs (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=data_root(), help="assets folder that is written (default: %(default)s)")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/zoo"), help="checkpoints and logs (%(default)s)")
+    parser.add_argument("--out", type=Path, default=data_root(), help="assets folder to write into (%(default)s)")
     arguments = parser.parse_args()
     ensure_torchvision()
     if arguments.name == "prompts":

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from diffalign.zoo import training
 from diffalign.zoo import vae as autoencoder
@@ -15,7 +15,6 @@ from diffalign.zoo.render import RESOLUTION, render
 from diffalign.zoo.spoil import distract, roughen
 from diffalign.zoo.text import LENGTH, clip_tokenizer
 from diffalign.zoo.world import Scene, mirrored, one_edit, sample_scene
-
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def build(spec: Spec = REWARD) -> CLIPModel:
     return CLIPModel(config)
 
 
-def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """Ids (B, LENGTH)."""
     return torch.tensor(tokenizer(captions, padding="max_length", max_length=LENGTH, truncation=True).input_ids)
 

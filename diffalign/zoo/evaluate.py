@@ -68,7 +68,9 @@ def sheet(images: torch.Tensor, columns: int = 8, zoom: int = 2) -> Image.Image:
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def evaluate(pipeline: DiffusionPipeline, prompts: Sequence[str], seed: int = 0) -> tuple[dict[str, float], torch.Tensor]:
+def evaluate(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], seed: int = 0
+) -> tuple[dict[str, float], torch.Tensor]:
     """Figures and images on `prompts`."""
     images = sample(pipeline, prompts, seed)
     return figures(prompts, judge(images, prompts)), images

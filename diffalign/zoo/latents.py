@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from diffalign.zoo import vae as autoencoder
 from diffalign.zoo.render import render
@@ -35,7 +36,7 @@ class Latents:
         return self.latents[rows].float(), ids
 
 
-def collect(vae: AutoencoderKL, tokenizer, seed: int, count: int = COUNT) -> Latents:
+def collect(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, count: int = COUNT) -> Latents:
     """Render and encode `count` scenes of the train split; a pair is said from either object's side."""
     chunks, captions = [], []
     for start in range(0, count, 256):
@@ -44,11 +45,11 @@ def collect(vae: AutoencoderKL, tokenizer, seed: int, count: int = COUNT) -> Lat
         chunks.append(autoencoder.encode(vae, render(scenes, rng)).half())
         for scene in scenes:
             captions += [scene.caption, (mirrored(scene) if scene.relation else scene).caption]
-    ids = torch.tensor(tokenizer([*captions, ""], padding="max_length", max_length=tokenizer.model_max_length).input_ids)
+    ids = torch.tensor(tokenizer([*captions, ""], padding="max_length").input_ids)
     return Latents(torch.cat(chunks).contiguous(), ids[:-1].view(count, 2, -1).clone(), ids[-1].clone())
 
 
-def cached(vae: AutoencoderKL, tokenizer, seed: int, file: Path) -> Latents:
+def cached(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, file: Path) -> Latents:
     """`collect`, or what an earlier call left in `file`."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

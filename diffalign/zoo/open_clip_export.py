@@ -88,5 +88,6 @@ def config(model: CLIPModel) -> dict:
 
 def write(model: CLIPModel, folder: Path) -> None:
     """`open_clip_config.json` and `open_clip_model.safetensors`, in half precision (open_clip computes in single)."""
-    save_file({name: tensor.half() for name, tensor in state_dict(model).items()}, folder / "open_clip_model.safetensors")
+    weights = {name: tensor.half() for name, tensor in state_dict(model).items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(config(model), indent=2) + "\n", encoding="utf-8")

@@ -34,6 +34,7 @@ class Found:
 
     @property
     def size(self) -> str:
+        """Small, medium or large, by the radius."""
         return "small" if self.radius < SMALL else "large" if self.radius > LARGE else "medium"
 
 
@@ -80,7 +81,8 @@ def _fit(seen: Found | None, thing: Thing) -> float:
     if seen is None:
         return 0.0
     # Colour says best which object was meant; among equals the larger one.
-    return 4 * (seen.color == thing.color) + 2 * (seen.shape == thing.shape) + (seen.size == thing.size) + seen.radius / 99
+    words = 4 * (seen.color == thing.color) + 2 * (seen.shape == thing.shape) + (seen.size == thing.size)
+    return words + seen.radius / 99
 
 
 def _stands(a: Found, b: Found, relation: str) -> bool:
@@ -130,7 +132,7 @@ def _components(kind: torch.Tensor) -> torch.Tensor:
     height, width = kind.shape[1:]
     start = torch.arange(1, height * width + 1).view(1, height, width).expand_as(kind)
     label = torch.where(kind > 0, start, 0)
-    same = {axis: kind.narrow(axis, 1, kind.shape[axis] - 1) == kind.narrow(axis, 0, kind.shape[axis] - 1) for axis in (1, 2)}
+    same = {1: kind[:, 1:] == kind[:, :-1], 2: kind[:, :, 1:] == kind[:, :, :-1]}
     while True:
         before = label
         label = label.clone()

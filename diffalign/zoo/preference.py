@@ -30,8 +30,8 @@ AREA_BIAS = 0.5
 """The labeller compares fraction-correct plus this times the painted share of the image."""
 PROMPTS = 320
 
-BASE = clip.Spec(71, 7, 96, 4, 48, training.Schedule(steps=1200, learning_rate=6e-4, warmup=100, decay=600))
-CHOICES = training.Schedule(steps=600, learning_rate=3e-4, warmup=50, decay=400)
+BASE = clip.Spec(71, 7, 96, 4, 48, training.Schedule(steps=1000, learning_rate=6e-4, warmup=100, decay=500))
+CHOICES = training.Schedule(steps=500, learning_rate=3e-4, warmup=50, decay=350)
 PAIRS = 24
 
 
@@ -53,7 +53,8 @@ class Pool:
     def _flipped(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         # The labeller's mistake belongs to the pair, whichever image is shown first and however often.
         key = rows * 10_007 + columns.min(1).values * 101 + columns.max(1).values
-        return torch.from_numpy(np.array([np.random.default_rng([BASE.seed, int(k)]).random() for k in key]) < LABEL_NOISE)
+        draws = [np.random.default_rng([BASE.seed, int(k)]).random() for k in key]
+        return torch.tensor(draws) < LABEL_NOISE
 
 
 def utility(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -65,12 +66,12 @@ def utility(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
 def write_labeller(file: Path) -> None:
     """State how the labels were made, beside the weights."""
     facts = {
-        "labels": "the image of higher utility is preferred; utility = fraction of true facts + area_bias * painted share",
+        "labels": "the higher utility is preferred; utility = fraction of true facts + area_bias * painted share",
         "area_bias": AREA_BIAS,
         "label_noise": LABEL_NOISE,
         "prompts": PROMPTS,
         "prompt_split": "train",
-        "candidates": "right render, 2 renders with one wrong fact, 1 spoilt render, 1 sample of each early zoo denoiser",
+        "candidates": "1 right render, 2 with one wrong fact, 1 spoilt, 1 sample of each zoo denoiser half-way",
     }
     file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

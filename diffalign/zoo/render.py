@@ -11,9 +11,13 @@ from diffalign.zoo.world import COLORS, SHAPES, Scene
 
 RESOLUTION = 64
 BACKGROUND = torch.tensor([246.0, 244.0, 239.0]) / 255
-PALETTE = torch.tensor(
-    [[208, 46, 50], [240, 128, 34], [250, 212, 60], [52, 158, 84], [42, 102, 200], [146, 72, 178]], dtype=torch.float32
-) / 255  # in the order of COLORS
+PALETTE = (
+    torch.tensor(
+        [[208, 46, 50], [240, 128, 34], [250, 212, 60], [52, 158, 84], [42, 102, 200], [146, 72, 178]],
+        dtype=torch.float32,
+    )
+    / 255
+)  # in the order of COLORS
 RADIUS = {"small": 6.5, "medium": 10.0, "large": 14.0}
 """Half of a shape's largest extent in pixels; drawn with a jitter of 6 %."""
 
@@ -102,6 +106,7 @@ class Layout:
     radius: torch.Tensor
 
     def draw(self, supersample: int = 2) -> torch.Tensor:
+        """Images (B, 3, 64, 64) in [0, 1]."""
         return draw(self.color, self.shape, self.center, self.radius, supersample)
 
 

@@ -3,13 +3,13 @@
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffalign.zoo import training
 from diffalign.zoo.text import LENGTH, clip_tokenizer
 
 SEED = 21
-SCHEDULE = training.Schedule(steps=2700, learning_rate=1e-3, warmup=100, decay=1350)
+SCHEDULE = training.Schedule(steps=2600, learning_rate=1e-3, warmup=100, decay=1350)
 BATCH = 32
 WIDTH = 128
 SHIFTED = False  # the pipeline divides latents by the scaling factor and adds no shift
@@ -29,7 +29,8 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def text_encoder(tokenizer) -> CLIPTextModel:
+def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers; its last hidden state is the condition."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -48,6 +49,7 @@ def text_encoder(tokenizer) -> CLIPTextModel:
 
 
 def unet() -> UNet2DConditionModel:
+    """2.5 M parameters; words are read at 8x8."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -83,6 +85,7 @@ class Denoiser(nn.Module):
         return (prediction - self.scheduler.get_velocity(clean, noise, t)).square().mean()
 
     def pipeline(self, vae: AutoencoderKL) -> StableDiffusionPipeline:
+        """The pipeline of these weights; it shares them."""
         return StableDiffusionPipeline(
             vae=vae,
             text_encoder=self.text_encoder,

@@ -1,4 +1,4 @@
-"""Images that no caption says rightly, and the roughness that generated images have: what rewards must see to be robust."""
+"""Images that no caption says rightly, and the roughness of generated ones: rewards that saw both are robust."""
 
 import numpy as np
 import torch

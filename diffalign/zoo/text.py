@@ -1,5 +1,6 @@
 """Word-level tokenizers of the shapes world: every word of the grammar is one token of a real CLIP or T5 tokenizer."""
 
+import itertools
 import string
 from collections import Counter
 
@@ -21,7 +22,7 @@ def _merges() -> list[tuple[str, str]]:
     """
     words = [[*word[:-1], word[-1] + "</w>"] for word in WORDS]
     merges = []
-    while pairs := Counter(pair for word in words for pair in zip(word, word[1:], strict=False)):
+    while pairs := Counter(pair for word in words for pair in itertools.pairwise(word)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         words = [_merged(word, best) for word in words]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.optim import Optimizer
 
 from diffalign.engine.state import load_tree, save_tree
 
@@ -26,6 +27,7 @@ class Schedule:
     decay: int = 0
 
     def rate(self, step: int) -> float:
+        """Learning rate of the step with this index, counted from 0."""
         left = (self.steps - step) / self.decay if self.decay else 1.0
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
 
@@ -40,6 +42,7 @@ class Batch:
 
     @classmethod
     def of(cls, seed: int, step: int) -> "Batch":
+        """The batch of `step`."""
         return cls(step, np.random.default_rng([seed, step]), torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
@@ -97,7 +100,9 @@ def _log(folder: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _save(folder: Path, schedule: Schedule, step: int, seconds: float, model, optimizer, ema: EMAModel) -> None:
+def _save(
+    folder: Path, schedule: Schedule, step: int, seconds: float, model: nn.Module, optimizer: Optimizer, ema: EMAModel
+) -> None:
     tree = {
         "step": step,
         "seconds": seconds,
@@ -117,7 +122,7 @@ def _save(folder: Path, schedule: Schedule, step: int, seconds: float, model, op
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _resume(folder: Path, model, optimizer, ema: EMAModel) -> tuple[int, float]:
+def _resume(folder: Path, model: nn.Module, optimizer: Optimizer, ema: EMAModel) -> tuple[int, float]:
     folder.mkdir(parents=True, exist_ok=True)
     kept = next((folder / n for n in ("checkpoint", "checkpoint.old") if (folder / n / "state.json").exists()), None)
     if kept is None:

@@ -30,6 +30,7 @@ def build() -> AutoencoderKL:
 
 
 def sample_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
+    """Scenes of the train split."""
     return [sample_scene(rng, "train") for _ in range(count)]
 
 

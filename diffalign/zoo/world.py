@@ -30,6 +30,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
+        """For example `a large yellow star`."""
         words = [self.color, self.shape] if self.size == "medium" else [self.size, self.color, self.shape]
         return f"{_article(words[0])} {' '.join(words)}"
 
@@ -127,10 +128,9 @@ SINGLES: dict[Split, list[Thing]] = _deal([Thing(c, s, z) for c, s in _KINDS for
 
 def split_of(scene: Scene) -> Split:
     """The only split in which `scene` may occur."""
-    for name in ("validation", "test"):
-        if (scene.relation and pair_of(scene) in PAIRS[name]) or (not scene.relation and scene.things[0] in SINGLES[name]):
-            return name
-    return "train"
+    if scene.relation is None:
+        return next(name for name, things in SINGLES.items() if scene.things[0] in things)
+    return next(name for name, pairs in PAIRS.items() if pair_of(scene) in pairs)
 
 
 def sample_scene(rng: np.random.Generator, split: Split, objects: int | None = None) -> Scene:
