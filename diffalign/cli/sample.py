@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from diffalign.config import EvaluationConfig, PipelineConfig, Problem, RecipeError, load_recipe
 from diffalign.recipe_file import shipped_recipes
 from diffalign.recipe_references import anchor_paths, check_references
-from diffalign.registry import locate
 
 if TYPE_CHECKING:
     from diffalign.data import Prompt
@@ -47,7 +46,7 @@ def run(
 
     quiet_loading()
     chosen = read(prompts)
-    policy = Policy.from_pretrained(locate(pipeline.path), dtype=pipeline.dtype, revision=pipeline.revision)
+    policy = Policy.from_pretrained(pipeline.path, dtype=pipeline.dtype, revision=pipeline.revision)
     policy.pipe.to(PartialState().device)
     policy.set_attention(pipeline.attention)
     if lora is not None:

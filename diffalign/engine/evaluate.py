@@ -52,8 +52,8 @@ def sample_images(
 ) -> Evaluation:
     """Samples `num_images_per_prompt` images for each prompt, not scored yet.
 
-    The noise of an image depends on (seed, prompt id, image number) alone: the same call before and after training, or from the
-    command line, starts from the same noise whatever the batch size.
+    The noise of an image depends on (seed, prompt id, image number) alone: the same call before and after training,
+    or from the command line, starts from the same noise whatever the batch size.
     """
     named = [(p, i) for p in prompts for i in range(num_images_per_prompt)]
     schedule = policy.schedule(num_inference_steps)
@@ -104,6 +104,7 @@ def image_diversity(evaluation: Evaluation, rewards: Mapping[str, Reward], *, ba
     if not encoders:
         return None
     features = [
-        encoders[-1].image_features(media.from_uint8(images)).float().cpu() for images in evaluation.images.split(batch_size)
+        encoders[-1].image_features(media.from_uint8(images)).float().cpu()
+        for images in evaluation.images.split(batch_size)
     ]
     return diversity(torch.cat(features).numpy(), [p.id for p in evaluation.prompts])

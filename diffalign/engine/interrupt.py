@@ -20,7 +20,7 @@ class Interrupt:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Defers the first SIGINT or SIGTERM inside the block; a second one acts at once. Handlers are put back after it."""
+    """Defers the first SIGINT or SIGTERM inside the block; a second one acts at once."""
     request = Interrupt()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

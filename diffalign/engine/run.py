@@ -1,4 +1,4 @@
-"""A recipe from start to report: train with checkpoints and validation, export the LoRA, judge it on the test prompts."""
+"""A recipe from start to report: train with checkpoints and validation, export the LoRA, compare on the test prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from diffalign.finetune import Trainer, trainer_class
 from diffalign.finetune.config import TrainingConfig
 from diffalign.finetune.trainer import Row
 from diffalign.policies import Policy
-from diffalign.registry import locate
 from diffalign.rewards import Reward
 
 if TYPE_CHECKING:
@@ -59,8 +58,8 @@ class Run:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
         return self.trainer.accelerator.is_main_process
-
 
 
 def train(recipe: Recipe) -> Path:
@@ -90,10 +89,10 @@ def train(recipe: Recipe) -> Path:
 
 def build(recipe: Recipe) -> Run:
     """Loads everything that the recipe names."""
-    source = locate(recipe.pipeline.path)
-    policy = Policy.from_pretrained(source, dtype=recipe.pipeline.dtype, revision=recipe.pipeline.revision)
+    source = recipe.pipeline
+    policy = Policy.from_pretrained(source.path, dtype=source.dtype, revision=source.revision)
     policy.pipe.to(Accelerator().device)
-    policy.set_attention(recipe.pipeline.attention)
+    policy.set_attention(source.attention)
     adapter = recipe.adapter
     if adapter.path is None:
         policy.add_lora(adapter.rank, adapter.alpha, adapter.target_modules, seed=recipe.seed)
@@ -101,7 +100,9 @@ def build(recipe: Recipe) -> Run:
         policy.load_lora(adapter.path)
     train_reward = rewards.weighted_sum([(rewards.load(r.name), r.weight) for r in recipe.rewards.train])
     shared = {name: getattr(recipe, name) for name in TrainingConfig.model_fields}
-    trainer = trainer_class(recipe.method.name)(policy, train_reward, **shared, **recipe.method.model_dump(exclude={"name"}))
+    trainer = trainer_class(recipe.method.name)(
+        policy, train_reward, **shared, **recipe.method.model_dump(exclude={"name"})
+    )
     return Run(
         recipe=recipe,
         output_dir=Path(recipe.output_dir),
@@ -119,7 +120,8 @@ def resume(run: Run) -> int:
     if asked is None:
         if (run.output_dir / "metrics.jsonl").exists():
             raise FileExistsError(
-                f"{run.output_dir} already holds a run; go on with resume_from_checkpoint=latest, or choose another output_dir"
+                f"{run.output_dir} already holds a run; go on with resume_from_checkpoint=latest, "
+                "or choose another output_dir"
             )
         return 0
     found = load_checkpoint(checkpoints, asked)
@@ -169,7 +171,9 @@ def evaluate(run: Run, split: str, limit: int | None) -> Evaluation:
         run.policy,
         run.prompts[split][:limit],
         seed=run.recipe.seed,
-        **settings.model_dump(include={"num_inference_steps", "guidance_scale", "eta", "num_images_per_prompt", "batch_size"}),
+        **settings.model_dump(
+            include={"num_inference_steps", "guidance_scale", "eta", "num_images_per_prompt", "batch_size"}
+        ),
     )
     return score_images(evaluation, run.judges, device=run.policy.device)
 
@@ -207,9 +211,7 @@ def summarise(run: Run) -> report.Summary:
     tuned = evaluate(run, "test", limit)
     with run.policy.reference():
         base = evaluate(run, "test", limit)
-    return compare_with_reference(
-        run.recipe, run.output_dir, run.judges, base, tuned, run.policy.latent_shape()
-    )
+    return compare_with_reference(run.recipe, run.output_dir, run.judges, base, tuned, run.policy.latent_shape())
 
 
 @contextmanager
@@ -223,7 +225,14 @@ def progress(run: Run) -> Iterator[Callable[[Row], None]]:
 
         def show(row: Row) -> None:
             heldout.update({name.removeprefix("heldout/"): v for name, v in row.items() if name.startswith("heldout/")})
-            told = {"reward": row["reward"], **heldout, "distance": row["prediction_mse"], "images/s": row["samples_per_s"]}
-            bar.update(task, completed=row["step"], told="  ".join(f"{name} {value:.3g}" for name, value in told.items()))
+            told = {
+                "reward": row["reward"],
+                **heldout,
+                "distance": row["prediction_mse"],
+                "images/s": row["samples_per_s"],
+            }
+            bar.update(
+                task, completed=row["step"], told="  ".join(f"{name} {value:.3g}" for name, value in told.items())
+            )
 
         yield show

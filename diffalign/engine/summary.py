@@ -34,8 +34,11 @@ def compare_with_reference(
     """Writes the gallery's images and noise to `output_dir/samples/test` and returns the summary of a finished run.
 
     Args:
+        recipe: of the run.
+        output_dir: the run's folder.
         judges: the training reward first, then the held-out ones.
-        base, tuned: the same prompts from the same noise, adapter off and on.
+        base: the test prompts with the adapter off.
+        tuned: the same prompts from the same noise with the adapter on.
         latent_shape: (C, h, w) of the noise.
     """
     settings = recipe.evaluation
@@ -62,7 +65,8 @@ def compare_with_reference(
         },
         sampling={"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale},
         notes=[
-            "Base and tuned images start from the same noise; intervals are 95 % bootstrap intervals over prompts, paired.",
+            "Base and tuned images start from the same noise.",
+            "Intervals are 95 % bootstrap intervals over prompts, paired.",
             "Every score is of 8-bit pixels. The test prompts were not used in training or in validation.",
         ],
         recipe=(output_dir / "config.yaml").read_text(encoding="utf-8"),
@@ -98,7 +102,7 @@ def pair(folder: Path, row: int, base: Evaluation, tuned: Evaluation, noise: str
 
 
 def save_noise(folder: Path, rows: range, ids: list[int | str], seed: int, shape: tuple[int, int, int]) -> str:
-    """Writes the starting noise of the gallery's images, so that plain diffusers draws them again; returns its place."""
+    """Writes the starting noise of the gallery's images, for plain diffusers to draw them again; returns its place."""
     noise = normal(shape, seed=seed, purpose="initial", rows=[(ids[row], 0) for row in rows])
     path = folder / "latents.safetensors"
     save_file({f"{row:05d}": tensor for row, tensor in zip(rows, noise, strict=True)}, path)

@@ -1,7 +1,7 @@
 """What a training method can be told: settings shared by all methods, and each method's own.
 
-This file imports no torch, so that a recipe is checked, listed and refused at once. Names are those of diffusers' training
-scripts wherever they have one.
+This file imports no torch, so that a recipe is checked, listed and refused at once. Names are those of diffusers'
+training scripts wherever they have one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Settings(BaseModel):
+    """Settings that are checked when they are made and do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -39,8 +41,8 @@ class TrainingConfig(Settings):
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: Literal["step", "block", "none"] = Field(
         "step",
-        description="what the backward pass computes again: whole denoiser calls (memory of one call, whatever the number "
-        "of steps with gradient), or the blocks inside them (less for few such steps)",
+        description="what the backward pass computes again: whole denoiser calls (memory of one call, however many "
+        "steps have a gradient), or the blocks inside them (less for few such steps)",
     )
     seed: int = Field(0, ge=0)
 
@@ -98,7 +100,8 @@ class RewardBackpropConfig(Settings):
     )
     gradient: Gradient = Field(default_factory=LastKGradient)
     loss: Literal["linear", "target", "hinge"] = Field(
-        "linear", description="of the reward r: -r, |r - target|, or max(target - r, 0), which stops pushing at the target"
+        "linear",
+        description="of the reward r: -r, |r - target|, or max(target - r, 0), which stops pushing at the target",
     )
     target: float | None = None
     kl_weight: float = Field(0.0, ge=0, description="weight of the distance to the reference; see the method's file")

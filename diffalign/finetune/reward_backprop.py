@@ -1,18 +1,20 @@
 r"""Reward backpropagation: AlignProp, DRaFT and DRTune, one method with a choice of where the gradient flows.
 
-The images of a differentiable rollout go through a differentiable reward, and its gradient returns through the decoder and the
-sampler to the adapter:
+The images of a differentiable rollout go through a differentiable reward, and its gradient returns through the
+decoder and the sampler to the adapter:
 
     minimise  E_{c, x_T} [ L(r(decode(x_0), c)) + kl_weight * D ],     L(r) = -r,  |r - target|  or  max(target - r, 0)
 
-D keeps the policy near the reference (adapter off, at the same x_t): the mean over the graded steps of the mean square of
-the difference of the two predictions. For equal variances it is the KL of a step up to a factor of that step (DRaFT+).
+D keeps the policy near the reference (adapter off, at the same x_t): the mean over the graded steps of the mean
+square of the difference of the two predictions. For equal variances it is the KL of a step up to a factor of that
+step (DRaFT+).
 
-Sources: Prabhudesai et al. 2023 (AlignProp, arXiv 2310.03739), Clark et al. 2023 (DRaFT, arXiv 2309.17400), Wu et al. 2024
-(DRTune, arXiv 2405.00760).
+Sources: Prabhudesai et al. 2023 (AlignProp, arXiv 2310.03739), Clark et al. 2023 (DRaFT, arXiv 2309.17400), Wu et al.
+2024 (DRTune, arXiv 2405.00760).
 
 Departures from the reference codes:
-- `random_k` draws its truncation once per step for the whole batch, as the paper says; trl drew a coin at every denoising step.
+- `random_k` draws its truncation once per step for the whole batch, as the paper says; trl drew a coin at every
+  denoising step.
 - Steps without gradient build no graph at all; the reference codes detach a prediction that they computed with one.
 - The loss is the plain mean of L, with no hidden constant or scale; kl_weight is in units of the reward.
 - A failed score contributes no gradient; it is counted, and the mean is still over all images.
@@ -20,22 +22,27 @@ Departures from the reference codes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.data import Prompt
 from diffalign.finetune.config import RewardBackpropConfig
-from diffalign.finetune.trainer import Row, Trainer
+from diffalign.finetune.trainer import Trainer
 from diffalign.laws import default_law
 from diffalign.ledger import Ledger
-from diffalign.noise import generator
-from diffalign.rollout import DRTune, Full, GradientRule, LastK, RandomK, differentiable_rollout
+from diffalign.noise import Address, generator
+from diffalign.policies import Condition, Policy
+from diffalign.rewards import Reward
+from diffalign.rollout import DRTune, Full, GradientRule, LastK, Plan, RandomK, differentiable_rollout
 
 
 class RewardBackprop(Trainer):
-    """Trains the adapter by the gradient of a differentiable reward. Settings: `TrainingConfig`, `RewardBackpropConfig`.
+    """Trains the adapter by the gradient of a differentiable reward.
+
+    Its settings are the fields of `TrainingConfig` and of `RewardBackpropConfig`.
 
     Raises ValueError at once if the reward is not differentiable.
     """
@@ -43,7 +50,7 @@ class RewardBackprop(Trainer):
     config_class = RewardBackpropConfig
     config: RewardBackpropConfig
 
-    def __init__(self, policy, reward, **settings) -> None:
+    def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
         super().__init__(policy, reward, **settings)
         if not self.reward.differentiable:
             raise ValueError(
@@ -54,7 +61,8 @@ class RewardBackprop(Trainer):
         self.law = default_law(self.schedule.kind, self.config.eta)
         self.rule = gradient_rule(self.config)
 
-    def accumulate(self, prompts: Sequence[Prompt]) -> tuple[Row, Ledger]:
+    def accumulate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Ledger]:
+        """One differentiable rollout, decode, score and backward pass a micro-batch; the plan is shared by all."""
         group = self.training.group_size
         images = [(p, i) for p in prompts for i in range(group)]
         size = len(images) if self.training.micro_batch_size == "auto" else self.training.micro_batch_size
@@ -70,7 +78,9 @@ class RewardBackprop(Trainer):
             ledger.add(cost)
         return sums, ledger
 
-    def _backward(self, prompts, rows, condition, plan) -> tuple[dict[str, Tensor], Ledger]:
+    def _backward(
+        self, prompts: Sequence[Prompt], rows: Sequence[Address], condition: Condition, plan: Plan
+    ) -> tuple[dict[str, Tensor], Ledger]:
         """Rollout, decode, score and backward of one micro-batch; sums over its images of what is reported."""
         config = self.config
         trajectory = differentiable_rollout(

@@ -1,7 +1,7 @@
 """The loop that every training method shares: optimiser, gradient step, history.
 
-A method subclasses `Trainer` and writes `accumulate`: from prompts to gradients. What surrounds a run (checkpoints, validation,
-reports) is `diffalign.engine`'s business; a `Trainer` alone is enough in a notebook.
+A method subclasses `Trainer` and writes `accumulate`: from prompts to gradients. What surrounds a run (checkpoints,
+validation, reports) is `diffalign.engine`'s business; a `Trainer` alone is enough in a notebook.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class Trainer:
         reward: a `Reward`, or any function `(images (B, 3, H, W) in [0, 1], prompts, metadata) -> (B,)`.
         **settings: the fields of `TrainingConfig` and of the method's own config.
 
-    Gradients are summed over processes explicitly after the backward passes. A wrapper such as DistributedDataParallel would
-    see only calls that go through it, and several per backward pass here, so it is not used.
+    Gradients are summed over processes explicitly after the backward passes. A wrapper such as
+    DistributedDataParallel would see only calls that go through it, and several per backward pass here, so it is not
+    used.
     """
 
     config_class: ClassVar[type[Settings]]
@@ -92,7 +93,7 @@ class Trainer:
         )
         self.step = 0  # optimiser steps taken
 
-    def accumulate(self, prompts: Sequence[Prompt]) -> tuple[Row, Ledger]:
+    def accumulate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Ledger]:
         """Adds this process's share of the gradient of the step `self.step`, for `prompts` (this process's own).
 
         Losses are divided by the number of images of *all* processes, so that the sum over processes is the mean.
@@ -133,7 +134,8 @@ class Trainer:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if len(prompts) % world:
             raise ValueError(
-                f"num_prompts_per_step = {len(prompts)} does not divide over {world} processes; use a multiple of {world}"
+                f"num_prompts_per_step = {len(prompts)} does not divide over {world} processes; "
+                f"use a multiple of {world}"
             )
         self.optimizer.zero_grad(set_to_none=True)
         with self.accelerator.autocast():
@@ -155,13 +157,13 @@ class Trainer:
         """Raises StepFailed for a step that must not be taken. The numbers are the same on every process."""
         if math.isnan(row["reward"]):
             raise StepFailed(
-                f"step {self.step + 1}: every score of {self.reward.name!r} failed; the weights are unchanged. The first "
-                "reason was logged as a warning; mend the reward and resume"
+                f"step {self.step + 1}: every score of {self.reward.name!r} failed; the weights are unchanged. "
+                "The first reason was logged as a warning; mend the reward and resume"
             )
         if not math.isfinite(row["grad_norm"]):
             raise StepFailed(
-                f"step {self.step + 1}: the gradient is not finite (loss {row['loss']:.4g}); the weights are unchanged. "
-                "Lower learning_rate or guidance_scale, or use a bfloat16 instead of a float16 base"
+                f"step {self.step + 1}: the gradient is not finite (loss {row['loss']:.4g}); the weights are "
+                "unchanged. Lower learning_rate or guidance_scale, or use a bfloat16 instead of a float16 base"
             )
 
     def _sum_gradients(self) -> None:
@@ -173,10 +175,12 @@ class Trainer:
         for p, g in zip(self.parameters, flat.split([g.numel() for g in grads]), strict=True):
             p.grad = g.view_as(p)
 
-    def _means(self, sums: dict[str, Tensor | float]) -> Row:
+    def _means(self, sums: dict[str, Tensor]) -> Row:
         """Sums over this process's images -> means over all; one read from the device for all metrics."""
         images = self.training.num_prompts_per_step * self.training.group_size
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.policy.device) for v in sums.values()])
+        values = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=self.policy.device) for v in sums.values()]
+        )
         values = self.accelerator.reduce(values, reduction="sum") / images
         row = dict(zip(sums, values.tolist(), strict=True))
         # Rewards are means over the scores that did not fail.
@@ -193,12 +197,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; ValueError for the adapter of another recipe."""
         parameters = self.policy.trainable()
         missing = parameters.keys() ^ state["adapter"].keys()
         if missing:
             raise ValueError(
-                f"the checkpoint's adapter and this recipe's differ in {len(missing)} tensors, {min(missing)} among them; "
-                "resume with the adapter settings that the checkpoint was written with"
+                f"the checkpoint's adapter and this recipe's differ in {len(missing)} tensors, {min(missing)} among "
+                "them; resume with the adapter settings that the checkpoint was written with"
             )
         with torch.no_grad():
             for name, p in parameters.items():

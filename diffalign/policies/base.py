@@ -14,7 +14,7 @@ from diffalign.media.pixels import straight_through_clamp
 from diffalign.policies.attention import set_attention
 from diffalign.policies.condition import Condition
 from diffalign.policies.lora import LoraAdapter
-from diffalign.registry import Registry
+from diffalign.registry import Registry, locate
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ class Policy(LoraAdapter, ABC):
     def from_pretrained(
         cls, path: Any, dtype: torch.dtype | str = torch.float32, revision: str | None = None
     ) -> "Policy":
-        """Load a pipeline from a local folder or the hub (safetensors only) and wrap it.
+        """Load a pipeline (safetensors only) and wrap it.
 
         Args:
-            path: folder or hub id.
+            path: ``zoo:NAME``, a folder, or a hub id.
             dtype: type of the weights, as a torch dtype or its name.
             revision: revision on the hub.
 
@@ -89,10 +89,10 @@ class Policy(LoraAdapter, ABC):
         given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(given, torch.dtype) or not given.is_floating_point:
             raise ValueError(f"dtype {dtype!r} is not a floating type: use 'float32', 'bfloat16' or 'float16'")
-        keyword = (
-            "dtype" if Version(__version__) >= Version("0.42") else "torch_dtype"
-        )  # each warns of the other's name
-        pipe = DiffusionPipeline.from_pretrained(str(path), revision=revision, use_safetensors=True, **{keyword: given})
+        # Each version warns of the other's name.
+        keyword = "dtype" if Version(__version__) >= Version("0.42") else "torch_dtype"
+        source = locate(path)
+        pipe = DiffusionPipeline.from_pretrained(source, revision=revision, use_safetensors=True, **{keyword: given})
         return cls.wrap(pipe)
 
     @abstractmethod

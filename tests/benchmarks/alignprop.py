@@ -1,9 +1,10 @@
 """The full run of reward backpropagation on the zoo: 512 test images, 3 seeds, and the curves of proxy against oracle.
 
-    python tests/benchmarks/alignprop.py [--recipes shapes-sd-alignprop shapes-sd3-alignprop] [--seeds 0 1 2] [key=value ...]
+    python tests/benchmarks/alignprop.py [--recipes shapes-sd-alignprop shapes-sd3-alignprop] [--seeds 0 1 2]
+    [key=value ...]
 
-Runs that are finished are not run again; one that was stopped is resumed. Writes results.json, results.md and curves.png
-into `--out` (default runs/alignprop). About 20 minutes a seed and recipe on one CPU core.
+Runs that are finished are not run again; one that was stopped is resumed. Writes results.json, results.md and
+curves.png into `--out` (default runs/alignprop). About 20 minutes a seed and recipe on one CPU core.
 """
 
 import argparse
@@ -46,7 +47,8 @@ def over_seeds(figures):
         base, tuned, gain = (np.array([f[name][key] for f in figures]) for key in ("base", "tuned", "difference"))
         half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
         table[name] = {
-            "base": base.mean(), "tuned": tuned.mean(), "gain": gain.mean(), "half_width": half, "by_seed": gain.tolist(),
+            "base": base.mean(), "tuned": tuned.mean(), "gain": gain.mean(), "half_width": half, "by_seed":
+            gain.tolist(),
         }  # fmt: skip
     return table
 

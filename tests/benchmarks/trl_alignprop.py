@@ -2,13 +2,14 @@
 
     python tests/benchmarks/trl_alignprop.py [--pipeline assets/zoo/shapes-sd] [--batch 8] [--steps 20] [--k 3]
 
-trl is installed without its dependencies into a folder of its own (`--trl`, default .benchmarks/trl) and imported only by
-its own process. Both sides get the same weights, LoRA, prompts, starting noise, truncation and reward. Gradients are compared
-on a tiny random pipeline, no pixel of which is saturated: at saturated pixels trl's clamp stops the gradient and ours does not.
+trl is installed without its dependencies into a folder of its own (`--trl`, default .benchmarks/trl) and imported
+only by its own process. Both sides get the same weights, LoRA, prompts, starting noise, truncation and reward.
+Gradients are compared on a tiny random pipeline, no pixel of which is saturated: at saturated pixels trl's clamp
+stops the gradient and ours does not.
 
-The bound by arithmetic, in denoiser forwards an image: a step without gradient costs 1; one with gradient 1, again 1 if it is
-checkpointed, and 2 for its backward pass. Both sides take N - K steps of the first kind and K of the second, so the ratio that
-can be had is 1 with the same checkpointing, and (N + 3K) / (N + 2K) for ours without it.
+The bound by arithmetic, in denoiser forwards an image: a step without gradient costs 1; one with gradient 1, again 1
+if it is checkpointed, and 2 for its backward pass. Both sides take N - K steps of the first kind and K of the second,
+so the ratio that can be had is 1 with the same checkpointing, and (N + 3K) / (N + 2K) for ours without it.
 """
 
 import argparse
@@ -23,7 +24,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 REPEATS = 3
-PROMPTS = ["a red circle", "a blue star left of a green square", "an orange square above a purple circle", "a small yellow star"]
+PROMPTS = [
+    "a red circle",
+    "a blue star left of a green square",
+    "an orange square above a purple circle",
+    "a small yellow star",
+]
 
 
 def peak_memory(reset=False):
@@ -85,7 +91,8 @@ def ours(args):
     policy.add_lora(rank=4, alpha=4, target_modules=["to_k", "to_q", "to_v", "to_out.0"])
     trainer = RewardBackprop(
         policy, reward, num_inference_steps=args.steps, guidance_scale=5.0, gradient={"kind": "last_k", "k": args.k},
-        num_prompts_per_step=args.batch, gradient_checkpointing=args.checkpointing, learning_rate=1e-12, adam_weight_decay=0,
+        num_prompts_per_step=args.batch, gradient_checkpointing=args.checkpointing, learning_rate=1e-12,
+        adam_weight_decay=0,
     )  # fmt: skip
     set_lora(policy.trainable())
     prompts = [Prompt(PROMPTS[i % len(PROMPTS)], i, {}) for i in range(args.batch)]
@@ -116,8 +123,9 @@ def trl(args):
     numbers = iter(range(10**9))
     config = AlignPropConfig(
         sample_num_steps=args.steps, sample_guidance_scale=5.0, sample_eta=0.0, train_batch_size=args.batch,
-        train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=args.steps - args.k,
-        mixed_precision="no", train_learning_rate=1e-12, train_adam_weight_decay=0.0, train_max_grad_norm=1e30, seed=0,
+        train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=args.steps -
+        args.k, mixed_precision="no", train_learning_rate=1e-12, train_adam_weight_decay=0.0,
+        train_max_grad_norm=1e30, seed=0,
     )  # fmt: skip
     config.accelerator_kwargs = {"cpu": True}
     trainer = AlignPropTrainer(

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 CLOCKS = {"seconds", "samples_per_s", "peak_memory_bytes"}
 RECIPE = """
 pipeline: {path: zoo:shapes-sd}
 adapter: {rank: 2, alpha: 2}
-method: {name: reward_backprop, num_inference_steps: 4, guidance_scale: 3.0, gradient: {kind: last_k, k: 2}, kl_weight: 0.1}
+method:
+  {name: reward_backprop, num_inference_steps: 4, guidance_scale: 3.0, gradient: {kind: last_k, k: 2}, kl_weight: 0.1}
 rewards: {train: [shapes-clip], heldout: [shapes-preference, shapes-oracle]}
 prompts: {train: "prompts:shapes-train", validation: "prompts:shapes-validation", test: "prompts:shapes-test"}
 evaluation: {num_validation_prompts: 4, num_test_prompts: 4, validation_steps: 2}
@@ -40,7 +42,8 @@ def contents(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     return {
-        "lora": (run / "lora/pytorch_lora_weights.safetensors").read_bytes(),
+        # By tensor: safetensors writes the keys of its metadata in any order.
+        "lora": {k: v.tolist() for k, v in load_file(run / "lora/pytorch_lora_weights.safetensors").items()},
         "state": (run / "checkpoints/step-000004/tensors.safetensors").read_bytes(),
         "numbers": (run / "checkpoints/step-000004/state.json").read_bytes(),
         "metrics": [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows],

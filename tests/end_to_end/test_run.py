@@ -19,7 +19,8 @@ adapter: {{rank: 2, alpha: 4}}
 method: {{name: reward_backprop, num_inference_steps: 4, guidance_scale: 3.0, gradient: {{kind: last_k, k: 1}}}}
 rewards: {{train: [shapes-clip], heldout: [shapes-preference, shapes-oracle]}}
 prompts: {{train: "prompts:shapes-train", validation: "prompts:shapes-validation", test: "prompts:shapes-test"}}
-evaluation: {{num_validation_prompts: 4, num_test_prompts: 4, num_images_per_prompt: 2, validation_steps: 2, batch_size: 8}}
+evaluation:
+  {{num_validation_prompts: 4, num_test_prompts: 4, num_images_per_prompt: 2, validation_steps: 2, batch_size: 8}}
 num_prompts_per_step: 4
 learning_rate: 1.0e-2
 max_train_steps: 2
@@ -42,7 +43,9 @@ def test_the_run_folder_is_whole(finished):
     run = finished[0] / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
-    assert {"heldout/shapes-oracle", "heldout/shapes-preference", "validation/shapes-clip", "diversity"} <= rows[0].keys()
+    assert {"heldout/shapes-oracle", "heldout/shapes-preference", "validation/shapes-clip", "diversity"} <= rows[
+        0
+    ].keys()
     assert {"loss", "reward", "reward/shapes-clip", "grad_norm", "nfe", "samples_per_s"} <= rows[1].keys()
     # Four images, four steps, guidance doubles them.
     assert rows[1]["nfe"] == 4 * 4 * 2
@@ -83,14 +86,26 @@ def test_plain_diffusers_draws_the_images_of_the_report(finished):
 def test_diffalign_sample_draws_the_images_of_the_report(finished):
     folder, _ = finished
     out = folder / "samples"
-    command = [sys.executable, "-m", "diffalign", "sample", str(folder / "recipe.yaml"), "--lora", str(folder / "run/lora")]
+    command = [
+        sys.executable,
+        "-m",
+        "diffalign",
+        "sample",
+        str(folder / "recipe.yaml"),
+        "--lora",
+        str(folder / "run/lora"),
+    ]
     prompts = folder / "test.jsonl"
     from diffalign.registry import resolve_data
 
     lines = resolve_data("prompts:shapes-test", folder).read_text().splitlines(keepends=True)
     prompts.write_text("".join(lines[:4]))
     done = subprocess.run(
-        [*command, "--prompts", str(prompts), "--out", str(out)], capture_output=True, text=True, env=os.environ, check=False
+        [*command, "--prompts", str(prompts), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for number in range(4):
@@ -100,6 +115,6 @@ def test_diffalign_sample_draws_the_images_of_the_report(finished):
 
 
 def test_a_finished_run_is_not_overwritten(finished):
-    folder, recipe = finished
+    recipe = finished[1]
     with pytest.raises(FileExistsError, match="resume_from_checkpoint=latest"):
         train(recipe)
