@@ -98,6 +98,6 @@ def resolve_data(name: str | Path, relative_to: Path) -> Path:
 
 
 def locate(name: str | Path) -> str:
-    """Return what a loader of pipelines takes: the path of what ships or lies on disk, any other name (a hub id) as is."""
+    """Return what a loader takes: the path of what ships or lies on disk, any other name (a hub id) as it is."""
     path = resolve_data(name, Path.cwd())
     return str(path) if path.exists() else str(name)

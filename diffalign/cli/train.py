@@ -17,12 +17,14 @@ def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path]) -> None:
         load_plugin(plugin)
     checked = load_recipe(recipe, overrides)
 
+    from diffalign.cli.figures import print_figures
     from diffalign.cli.terminal import quiet_loading
     from diffalign.engine.run import train
 
     quiet_loading()
     report = train(checked)
     if os.environ.get("RANK", "0") == "0":  # one of several processes that accelerate started
+        print_figures(report.parent)
         print(f"report: {report}")
 
 

@@ -1,4 +1,4 @@
-"""A recipe from start to report: train with checkpoints and validation, export the LoRA, compare on the test prompts."""
+"""A recipe from start to report: train with checkpoints and validation, export the LoRA, compare on test prompts."""
 
 from __future__ import annotations
 
