@@ -41,5 +41,5 @@ clean: ## remove the virtual environment and the runs of the demo
 .venv/dev.stamp: .venv/core.stamp
 	$(INSTALL) -e '.[dev]'
 	rm -rf .venv/open_clip
-	$(INSTALL) --no-deps --target .venv/open_clip open_clip_torch timm torchvision
+	$(INSTALL) --no-deps --target .venv/open_clip open_clip_torch timm torchvision ftfy wcwidth
 	touch $@

@@ -3,7 +3,9 @@
 import os
 import random
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 # Before torch and the hub's client are imported.
 os.environ |= {
@@ -81,3 +83,23 @@ def _offline():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
         yield
+
+
+@pytest.fixture(scope="session")
+def with_open_clip():
+    """Runs Python code, in a process of its own, where open_clip can be imported; returns what it prints.
+
+    `make test` keeps open_clip and the torchvision that it needs out of the environment that everything else runs in.
+    """
+    folders = [str(Path(__file__).parent.parent / ".venv" / "open_clip"), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folder for folder in folders if folder)}
+    start = "from diffalign._compat import ensure_torchvision; ensure_torchvision()\n"
+
+    def run(code):
+        done = subprocess.run([sys.executable, "-c", start + code], env=environment, capture_output=True, text=True)
+        if "No module named 'open_clip'" in done.stderr:
+            pytest.skip("open_clip is not installed: make test brings it")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

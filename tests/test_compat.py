@@ -1,0 +1,15 @@
+"""The repaired torchvision is enough for open_clip, in a process beside the other libraries."""
+
+import pytest
+
+
+@pytest.mark.timeout(400)  # the first imports compile timm and torchvision
+def test_open_clip_and_diffusers_run_beside_a_cpu_torch(with_open_clip):
+    printed = with_open_clip(
+        "import PIL.Image, open_clip\n"
+        "from diffusers import StableDiffusionPipeline\n"
+        "image = PIL.Image.new('RGB', (40, 30), (255, 0, 0))\n"
+        "transform = open_clip.image_transform(8, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))\n"
+        "print(transform(image).mean((1, 2)).tolist())"
+    )
+    assert printed.splitlines()[-1] == "[1.0, 0.0, 0.0]"
