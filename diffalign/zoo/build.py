@@ -58,12 +58,12 @@ class Builder:
         write_card(folder, name, denoise.FAMILIES[name].SEED, seconds, figures)
 
     def _preference(self, name: str, folder: Path) -> None:
-        # Early checkpoints: their mistakes are what a labeller sees. They stay in the work folder.
-        early = [self.work / family / "early" for family in denoise.FAMILIES]
-        for family, path in zip(denoise.FAMILIES, early, strict=True):
+        # Denoisers before they were finished: their mistakes are what a labeller sees. They stay in the work folder.
+        unfinished = [self.work / family / "unfinished" for family in denoise.FAMILIES]
+        for family, path in zip(denoise.FAMILIES, unfinished, strict=True):
             if not path.exists():
                 denoise.train(family, self.work / family, self.vae())
-        denoisers = [DiffusionPipeline.from_pretrained(path) for path in early]
+        denoisers = [DiffusionPipeline.from_pretrained(path) for path in unfinished]
         model, seconds = preference.train(self.work / name, self.vae(), denoisers)
         export.write_clip(model, folder)
         preference.write_labeller(folder / "labeller.json")

@@ -20,17 +20,17 @@ steps, guidance 3. It is left with room to improve, for fine-tuning to use.
 StableDiffusion3Pipeline that draws the shapes world at 64x64: six joint blocks, rectified flow, 20 Euler steps,
 guidance 3. It is left with room to improve, for fine-tuning to use.
 
-The two CLIP encoders are trained along. The T5 is silent: it answers zeros, as the pipeline itself does for a T5 that is
-None, because plain `from_pretrained` wants the component. So `max_sequence_length=16` is as good as the default 256, and
-about three times faster.
+The two CLIP encoders are trained along. The T5 is silent: it answers zeros, as the pipeline does itself for a T5 that
+is None, because plain `from_pretrained` wants the component. So `max_sequence_length=16` is as good as the default 256,
+and about three times faster.
 """,
     "shapes-clip": """
 CLIP for the shapes world, trained contrastively against neighbours with one wrong fact and spoilt images: the training
 reward. Read by `CLIPModel` / `CLIPProcessor.from_pretrained` and by open_clip (`local-dir:`), with equal features.
 """,
     "shapes-preference": """
-A held-out reward in PickScore's form: a CLIP of its own, then Bradley-Terry on pairs of images whose labels come from the
-oracle through a noisy, biased labeller (`labeller.json`). It never trains a generator.
+A held-out reward in PickScore's form: a CLIP of its own, then Bradley-Terry on pairs of images whose labels come from
+the oracle through a noisy, biased labeller (`labeller.json`). It never trains a generator.
 """,
 }
 

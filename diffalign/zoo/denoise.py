@@ -16,7 +16,8 @@ LATENT_SEED = 41
 def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) -> tuple[DiffusionPipeline, float]:
     """Train `name`; returns its pipeline, with averaged weights, and the seconds.
 
-    Every `export_every` steps the pipeline so far is written to `folder/pipeline`, to look at.
+    Every `export_every` steps the pipeline so far is written to `folder/pipeline`, to look at, and once to
+    `folder/unfinished`, for `shapes-preference`.
     """
     family = FAMILIES[name]
     vae = copy.deepcopy(vae)
@@ -32,6 +33,8 @@ def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) 
     def export(step: int) -> None:
         model.eval()
         model.pipeline(vae).save_pretrained(folder / "pipeline")
+        if step == family.UNFINISHED:
+            model.pipeline(vae).save_pretrained(folder / "unfinished")
         model.train()
 
     model.train()

@@ -71,7 +71,7 @@ def write_labeller(file: Path) -> None:
         "label_noise": LABEL_NOISE,
         "prompts": PROMPTS,
         "prompt_split": "train",
-        "candidates": "1 right render, 2 with one wrong fact, 1 spoilt, 1 sample of each zoo denoiser half-way",
+        "candidates": "1 right render, 2 with one wrong fact, 1 spoilt, 1 sample of each unfinished zoo denoiser",
     }
     file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

@@ -9,8 +9,9 @@ from diffalign.zoo import training
 from diffalign.zoo.text import LENGTH, clip_tokenizer
 
 SEED = 21
-SCHEDULE = training.Schedule(steps=2600, learning_rate=1e-3, warmup=100, decay=1350)
+SCHEDULE = training.Schedule(steps=2750, learning_rate=1e-3, warmup=100, decay=1500)
 BATCH = 32
+UNFINISHED = 2000  # the step whose samples `shapes-preference` learns from
 WIDTH = 128
 SHIFTED = False  # the pipeline divides latents by the scaling factor and adds no shift
 

@@ -21,8 +21,9 @@ from diffalign.zoo import training
 from diffalign.zoo.text import LENGTH, clip_tokenizer, t5_tokenizer
 
 SEED = 31
-SCHEDULE = training.Schedule(steps=3900, learning_rate=1e-3, warmup=100, decay=1750)
+SCHEDULE = training.Schedule(steps=4400, learning_rate=1e-3, warmup=100, decay=2150)
 BATCH = 32
+UNFINISHED = 3000  # the step whose samples `shapes-preference` learns from
 SHIFTED = True  # the pipeline adds the shift factor before it decodes
 WIDTH = 64  # of each CLIP encoder; side by side they fill the 128 channels of the joint attention
 T5_LENGTHS = (16, 256)
@@ -88,7 +89,11 @@ class WeightedJointAttention:
     copies: torch.Tensor
 
     def __call__(
-        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend over image tokens (B, N, C) and context tokens (B, M, C) together; returns both."""
 

@@ -13,7 +13,7 @@ from diffalign.zoo.world import SHAPES, Scene, Thing, mirrored, one_edit, sample
 @pytest.fixture(scope="module")
 def drawn():
     rng = np.random.default_rng(0)
-    scenes = [sample_scene(rng, split) for split in ("train", "validation", "test") for _ in range(64)]
+    scenes = [sample_scene(rng, split) for split in ("train", "validation", "test") for _ in range(32)]
     images = (render(scenes, rng) * 255).round() / 255
     return scenes, images, oracle.look(images)
 
