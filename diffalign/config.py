@@ -31,6 +31,9 @@ class PipelineConfig(Settings):
         "auto", description="attention backend, by diffusers' names; auto: the pipeline's own choice"
     )
     revision: str | None = Field(default=None, description="of a hub id: branch, tag or commit")
+    max_sequence_length: PositiveInt | None = Field(
+        None, description="tokens of the prompt for T5, in SD3 pipelines; null: the pipeline's default, 256"
+    )
 
 
 class AdapterConfig(Settings):

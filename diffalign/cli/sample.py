@@ -38,17 +38,13 @@ def run(
     if lora is not None:
         _refuse({"adapter": {"path": str(lora)}}, "--lora")
 
-    from accelerate import PartialState
-
     from diffalign.cli.terminal import quiet_loading
     from diffalign.engine.evaluate import sample_images
-    from diffalign.policies import Policy
+    from diffalign.engine.load import load_policy
 
     quiet_loading()
     chosen = read(prompts)
-    policy = Policy.from_pretrained(pipeline.path, dtype=pipeline.dtype, revision=pipeline.revision)
-    policy.pipe.to(PartialState().device)
-    policy.set_attention(pipeline.attention)
+    policy = load_policy(pipeline)
     if lora is not None:
         policy.load_lora(lora)
     images = sample_images(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffalign import media, report, rewards
@@ -18,6 +17,7 @@ from diffalign.data import Prompt, read_prompts
 from diffalign.engine.checkpoint import load_checkpoint, save_checkpoint
 from diffalign.engine.evaluate import Evaluation, image_diversity, sample_images, score_images
 from diffalign.engine.interrupt import deferred_interrupt
+from diffalign.engine.load import load_policy
 from diffalign.engine.summary import compare_with_reference
 from diffalign.engine.tracking import Metrics
 from diffalign.finetune import Trainer, trainer_class
@@ -89,11 +89,7 @@ def train(recipe: Recipe) -> Path:
 
 def build(recipe: Recipe) -> Run:
     """Loads everything that the recipe names."""
-    source = recipe.pipeline
-    policy = Policy.from_pretrained(source.path, dtype=source.dtype, revision=source.revision)
-    policy.pipe.to(Accelerator().device)
-    policy.set_attention(source.attention)
-    adapter = recipe.adapter
+    policy, adapter = load_policy(recipe.pipeline), recipe.adapter
     if adapter.path is None:
         policy.add_lora(adapter.rank, adapter.alpha, adapter.target_modules, seed=recipe.seed)
     else:

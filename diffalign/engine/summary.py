@@ -63,7 +63,7 @@ def compare_with_reference(
             "test, base": base.ledger.as_dict(),
             "test, tuned": tuned.ledger.as_dict(),
         },
-        sampling={"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale},
+        sampling=sampling(recipe),
         notes=[
             "Base and tuned images start from the same noise.",
             "Intervals are 95 % bootstrap intervals over prompts, paired.",
@@ -72,6 +72,13 @@ def compare_with_reference(
         recipe=(output_dir / "config.yaml").read_text(encoding="utf-8"),
         versions=versions(),
     )
+
+
+def sampling(recipe: Recipe) -> dict[str, float]:
+    """Keyword arguments with which the pipeline itself draws the images."""
+    kept = recipe.evaluation.model_dump(include={"num_inference_steps", "guidance_scale"})
+    tokens = recipe.pipeline.max_sequence_length
+    return kept if tokens is None else kept | {"max_sequence_length": tokens}
 
 
 def figures(judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation) -> list[Figure]:

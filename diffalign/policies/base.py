@@ -162,6 +162,15 @@ class Policy(LoraAdapter, ABC):
                 self._encoded[prompt] = self.encode_one(prompt).to("cpu")
         return Condition.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
 
+    def set_max_sequence_length(self, tokens: int) -> None:
+        """Set the tokens of a long text encoder, for families whose pipeline takes ``max_sequence_length``."""
+        raise ValueError(f"{self.pipeline_class} takes no max_sequence_length, and {tokens} was asked: leave it out")
+
+    def forget_prompts(self) -> None:
+        """Empty the cache of encoded prompts, after anything that they depend on has changed."""
+        self._encoded.clear()
+        self._unconditional = None
+
     def unconditional(self, batch_size: int) -> Condition:
         """Return the condition of the pipeline's default negative prompt, the empty one, for a batch."""
         if self._unconditional is None or self._unconditional.device != self.device:

@@ -28,9 +28,18 @@ class StableDiffusion3(Policy):
         "to_add_out",
     )
 
+    max_sequence_length = 256  # of T5, the pipeline's default
+
     def check(self) -> None:
         """Refuse schedulers that cannot be read."""
         as_flow_euler(self.pipe.scheduler)
+
+    def set_max_sequence_length(self, tokens: int) -> None:
+        """Give T5 this many tokens, as ``pipe(..., max_sequence_length=tokens)``; fewer are faster."""
+        if not 1 <= tokens <= 512:
+            raise ValueError(f"max_sequence_length = {tokens} is not what the pipeline takes: use 1 to 512")
+        self.max_sequence_length = tokens
+        self.forget_prompts()
 
     def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
         """Return the shifted sigmas; under dynamic shifting they depend on the image size, as in the pipeline."""
@@ -51,7 +60,12 @@ class StableDiffusion3(Policy):
     def encode_one(self, prompt: str) -> Condition:
         """Return ``prompt_embeds`` (1, tokens, width) and ``pooled_prompt_embeds`` (1, width)."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            [prompt], None, None, device=self.device, do_classifier_free_guidance=False
+            [prompt],
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
         )
         return Condition({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 

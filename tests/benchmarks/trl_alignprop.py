@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 REPEATS = 3
+TRL = ["trl==0.23.1", "pandas", "python-dateutil", "six"]
 PROMPTS = [
     "a red circle",
     "a blue star left of a green square",
@@ -116,6 +117,9 @@ def trl(args):
 
     ensure_torchvision()
     warnings.simplefilter("ignore")
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # trl logs while it loads, which asks for it
     from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
     torch.manual_seed(0)
@@ -146,8 +150,8 @@ def trl(args):
         return update(*a, **k)
 
     trainer.optimizer.step = keep_and_update
-    trainer.step(1, 0)
-    return dict(gradient), measured(lambda: trainer.step(1, 0), args.batch) if args.time else {}
+    trainer.step(0, 0)
+    return dict(gradient), measured(lambda: trainer.step(0, 0), args.batch) if args.time else {}
 
 
 def side(name, args, **changes):
@@ -194,7 +198,7 @@ def main():
         Path(args.out, "measured.json").write_text(json.dumps(result))
         return 0
     if not Path(args.trl, "trl").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", args.trl, "trl==0.23.1"]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", args.trl, *TRL]
         subprocess.run(command, check=True)
     return compare(args)
 

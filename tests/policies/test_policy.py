@@ -49,6 +49,22 @@ def test_prompts_are_encoded_once_and_as_the_pipeline_does(build) -> None:
         assert not first.tensors[name].requires_grad
 
 
+def test_fewer_t5_tokens_are_those_of_the_pipeline_and_replace_cached_prompts() -> None:
+    policy = Policy.wrap(tiny_sd3())
+    long = policy.encode(["a lake"]).tensors["prompt_embeds"]
+    policy.set_max_sequence_length(5)
+    short = policy.encode(["a lake"]).tensors["prompt_embeds"]
+    expected, *_ = policy.pipe.encode_prompt(
+        ["a lake"], None, None, do_classifier_free_guidance=False, max_sequence_length=5
+    )
+    assert torch.equal(short, expected)
+    assert long.shape[1] - short.shape[1] == 256 - 5
+    with pytest.raises(ValueError, match="use 1 to 512"):
+        policy.set_max_sequence_length(600)
+    with pytest.raises(ValueError, match="leave it out"):
+        Policy.wrap(tiny_sd()).set_max_sequence_length(5)
+
+
 def test_conditions_select_and_join_rows() -> None:
     condition = Condition({"a": torch.arange(6).reshape(3, 2)})
     assert len(condition) == 3
