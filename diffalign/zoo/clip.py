@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
@@ -13,6 +14,7 @@ from diffalign.zoo import training
 from diffalign.zoo import vae as autoencoder
 from diffalign.zoo.render import RESOLUTION, render
 from diffalign.zoo.spoil import distract, roughen
+from diffalign.zoo.symbols import Reader
 from diffalign.zoo.text import LENGTH, clip_tokenizer
 from diffalign.zoo.world import Scene, mirrored, one_edit, sample_scene
 
@@ -26,14 +28,26 @@ class Spec:
     width: int
     layers: int
     projection: int
-    schedule: training.Schedule
+    schedule: training.Schedule | training.Restart
 
 
-REWARD = Spec(51, 8, 128, 4, 64, training.Schedule(steps=1900, learning_rate=6e-4, warmup=100, decay=1000))
+REWARD = Spec(
+    seed=51,
+    patch=8,
+    width=128,
+    layers=4,
+    projection=64,
+    schedule=training.Restart(
+        training.Schedule(steps=1500, learning_rate=6e-4, warmup=100, decay=600),
+        training.Schedule(steps=1400, learning_rate=6e-4, warmup=50, decay=1000),
+    ),
+)
 CLUSTERS = 8
 MEMBERS = 6
 DISTRACTORS = 12
 ROUND_TRIP_EVERY = 16
+LESSON = 2.0
+"""Weight of the readers' loss beside the contrastive one."""
 
 
 def build(spec: Spec = REWARD) -> CLIPModel:
@@ -102,13 +116,27 @@ def say(scene: Scene, rng: np.random.Generator) -> str:
     return (mirrored(scene) if scene.relation and rng.random() < 0.5 else scene).caption
 
 
+class Pupil(nn.Module):
+    """A CLIP and the readers of its lessons, which are thrown away after training."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.clip = build(spec)
+        self.readers = nn.ModuleList([Reader(spec.projection), Reader(spec.projection)])
+
+    def lesson(self, vision: torch.Tensor, text: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
+        """Both towers tell the scenes from their unit vectors (B, projection)."""
+        scale = vision.shape[-1] ** 0.5
+        return self.readers[0].loss(scale * vision, scenes) + self.readers[1].loss(scale * text, scenes)
+
+
 def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple[CLIPModel, float]:
     """Symmetric contrastive loss over clusters; captions also see images that are wrong in ways no caption says.
 
     Every sixteenth batch goes through `vae`, so that the model knows a decoder's own traces.
     """
-    model = build(spec)
-    tokenizer = clip_tokenizer()
+    pupil = Pupil(spec)
+    model, tokenizer = pupil.clip, clip_tokenizer()
 
     def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
         rng = batch.rng
@@ -122,7 +150,9 @@ def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple
         logits = model.logit_scale.exp().clamp(max=50) * text @ vision.T
         target = torch.arange(len(scenes))
         to_image, to_text = F.cross_entropy(logits, target), F.cross_entropy(logits[:, : len(scenes)].T, target)
-        right = (logits.argmax(1) == target).float().mean()
-        return {"loss": (to_image + to_text) / 2, "to_image": to_image, "to_text": to_text, "accuracy": right}
+        lesson = pupil.lesson(vision[: len(scenes)], text, scenes)
+        terms = {"to_image": to_image, "to_text": to_text, "lesson": lesson}
+        terms["accuracy"] = (logits.argmax(1) == target).float().mean()
+        return {"loss": (to_image + to_text) / 2 + LESSON * lesson, **terms}
 
-    return model, training.train(model, loss, spec.schedule, folder, seed=spec.seed, checkpoint_every=200)
+    return model, training.train(pupil, loss, spec.schedule, folder, seed=spec.seed, checkpoint_every=100)

@@ -28,7 +28,7 @@ def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) 
 
     def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
         clean, ids = data.draw(batch, family.BATCH)
-        return {"loss": model(scaled(vae, clean), ids, batch)}
+        return model(scaled(vae, clean), ids, batch)
 
     def export(step: int) -> None:
         model.eval()

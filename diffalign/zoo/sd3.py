@@ -18,10 +18,14 @@ from transformers import (
 )
 
 from diffalign.zoo import training
-from diffalign.zoo.text import LENGTH, clip_tokenizer, t5_tokenizer
+from diffalign.zoo.symbols import Reader
+from diffalign.zoo.text import LENGTH, clip_tokenizer, read, t5_tokenizer
 
 SEED = 31
-SCHEDULE = training.Schedule(steps=4400, learning_rate=1e-3, warmup=100, decay=2150)
+SCHEDULE = training.Restart(
+    training.Schedule(steps=4200, learning_rate=1e-3, warmup=100, decay=1950),
+    training.Schedule(steps=3100, learning_rate=7e-4, warmup=50, decay=2900),
+)
 BATCH = 32
 UNFINISHED = 3000  # the step whose samples `shapes-preference` learns from
 SHIFTED = True  # the pipeline adds the shift factor before it decodes
@@ -122,6 +126,7 @@ class Denoiser(nn.Module):
         self.text_encoder_2 = text_encoder(self.tokenizer)
         self.transformer = transformer()
         self.attention = WeightedJointAttention()
+        self.readers = nn.ModuleList([Reader(2 * WIDTH), Reader(2 * WIDTH)])
 
     def encode(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Context (B, LENGTH + 1, 128), its last token for all of T5's, and pooled (B, 128), as the pipeline does."""
@@ -129,8 +134,8 @@ class Denoiser(nn.Module):
         words = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return F.pad(words, (0, 0, 0, 1)), torch.cat([output.text_embeds for output in outputs], dim=-1)
 
-    def forward(self, clean: torch.Tensor, ids: torch.Tensor, batch: training.Batch) -> torch.Tensor:
-        """Mean squared error of the velocity for scaled latents (B, 4, 16, 16) and token ids (B, LENGTH)."""
+    def forward(self, clean: torch.Tensor, ids: torch.Tensor, batch: training.Batch) -> dict[str, torch.Tensor]:
+        """Mean squared error of the velocity, and the readers' lesson, for scaled latents (B, 4, 16, 16) and token ids (B, LENGTH)."""
         generator = batch.generator
         noise = torch.randn(clean.shape, generator=generator)
         sigma = compute_density_for_timestep_sampling(
@@ -147,7 +152,11 @@ class Denoiser(nn.Module):
             encoder_hidden_states=context,
             pooled_projections=pooled,
         ).sample
-        return (prediction - (noise - clean)).square().mean()
+        mse = (prediction - (noise - clean)).square().mean()
+        scenes = read(self.tokenizer, ids)
+        end = context[torch.arange(len(ids)), (ids == self.tokenizer.eos_token_id).int().argmax(1)]
+        lesson = self.readers[0].loss(end, scenes) + self.readers[1].loss(pooled, scenes)
+        return {"loss": mse + lesson, "mse": mse, "lesson": lesson}
 
     def train(self, mode: bool = True) -> "Denoiser":
         """Training attends with weights; evaluation is the pipeline's own code."""

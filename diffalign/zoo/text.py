@@ -4,9 +4,10 @@ import itertools
 import string
 from collections import Counter
 
+import torch
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from diffalign.zoo.world import COLORS, RELATIONS, SHAPES, SIZES
+from diffalign.zoo.world import COLORS, RELATIONS, SHAPES, SIZES, Scene, parse
 
 LENGTH = 16
 """Tokens of a padded caption; the longest caption of the grammar takes 12 with its start and end."""
@@ -49,6 +50,12 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens = [*letters, *(f"{c}</w>" for c in letters), *("".join(pair) for pair in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def read(tokenizer: CLIPTokenizer, ids: torch.Tensor) -> list[Scene | None]:
+    """The scenes that captions (B, LENGTH) say; None for the empty one."""
+    captions = [caption.strip() for caption in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return [parse(caption) if caption else None for caption in captions]
 
 
 def t5_tokenizer() -> T5Tokenizer:
