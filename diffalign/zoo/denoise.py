@@ -11,6 +11,7 @@ from diffalign.zoo import latents, sd, sd3, training
 
 FAMILIES: dict[str, ModuleType] = {"shapes-sd": sd, "shapes-sd3": sd3}
 LATENT_SEED = 41
+EXTRA_CAPTIONS = 64  # a step, for the lesson alone: text is cheap beside images
 
 
 def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) -> tuple[DiffusionPipeline, float]:
@@ -28,7 +29,7 @@ def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) 
 
     def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
         clean, ids = data.draw(batch, family.BATCH)
-        return model(scaled(vae, clean), ids, batch)
+        return model(scaled(vae, clean), torch.cat([ids, data.captions(batch, EXTRA_CAPTIONS)]), batch)
 
     def export(step: int) -> None:
         model.eval()

@@ -12,7 +12,7 @@ from diffalign.zoo.text import LENGTH, clip_tokenizer, read
 SEED = 21
 SCHEDULE = training.Restart(
     training.Schedule(steps=2750, learning_rate=1e-3, warmup=100, decay=1500),
-    training.Schedule(steps=1850, learning_rate=7e-4, warmup=50, decay=1700),
+    training.Schedule(steps=1350, learning_rate=7e-4, warmup=50, decay=1200),
 )
 BATCH = 32
 UNFINISHED = 2000  # the step whose samples `shapes-preference` learns from
@@ -82,12 +82,12 @@ class Denoiser(nn.Module):
         self.reader = Reader(WIDTH)
 
     def forward(self, clean: torch.Tensor, ids: torch.Tensor, batch: training.Batch) -> dict[str, torch.Tensor]:
-        """Mean squared error of v, and the reader's lesson, for scaled latents (B, 4, 16, 16) and token ids (B, LENGTH)."""
+        """Mean squared error of v for scaled latents (B, 4, 16, 16) and as many ids (B + N, LENGTH); lesson on all."""
         noise = torch.randn(clean.shape, generator=batch.generator)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), generator=batch.generator)
         noisy = self.scheduler.add_noise(clean, noise, t)
         text = self.text_encoder(ids)
-        prediction = self.unet(noisy, t, text.last_hidden_state).sample
+        prediction = self.unet(noisy, t, text.last_hidden_state[: len(clean)]).sample
         mse = (prediction - self.scheduler.get_velocity(clean, noise, t)).square().mean()
         lesson = self.reader.loss(text.pooler_output, read(self.tokenizer, ids))
         return {"loss": mse + lesson, "mse": mse, "lesson": lesson}

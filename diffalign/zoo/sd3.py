@@ -24,7 +24,7 @@ from diffalign.zoo.text import LENGTH, clip_tokenizer, read, t5_tokenizer
 SEED = 31
 SCHEDULE = training.Restart(
     training.Schedule(steps=4200, learning_rate=1e-3, warmup=100, decay=1950),
-    training.Schedule(steps=3100, learning_rate=7e-4, warmup=50, decay=2900),
+    training.Schedule(steps=2100, learning_rate=7e-4, warmup=50, decay=1900),
 )
 BATCH = 32
 UNFINISHED = 3000  # the step whose samples `shapes-preference` learns from
@@ -135,7 +135,7 @@ class Denoiser(nn.Module):
         return F.pad(words, (0, 0, 0, 1)), torch.cat([output.text_embeds for output in outputs], dim=-1)
 
     def forward(self, clean: torch.Tensor, ids: torch.Tensor, batch: training.Batch) -> dict[str, torch.Tensor]:
-        """Mean squared error of the velocity, and the readers' lesson, for scaled latents (B, 4, 16, 16) and token ids (B, LENGTH)."""
+        """Mean squared error of velocity for scaled latents (B, 4, 16, 16) and ids (B + N, LENGTH); a lesson on all."""
         generator = batch.generator
         noise = torch.randn(clean.shape, generator=generator)
         sigma = compute_density_for_timestep_sampling(
@@ -149,8 +149,8 @@ class Denoiser(nn.Module):
         prediction = self.transformer(
             hidden_states=(1 - s) * clean + s * noise,
             timestep=sigma * 1000,
-            encoder_hidden_states=context,
-            pooled_projections=pooled,
+            encoder_hidden_states=context[: len(clean)],
+            pooled_projections=pooled[: len(clean)],
         ).sample
         mse = (prediction - (noise - clean)).square().mean()
         scenes = read(self.tokenizer, ids)

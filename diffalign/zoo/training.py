@@ -123,7 +123,13 @@ def _log(folder: Path, row: dict) -> None:
 
 
 def _save(
-    folder: Path, schedule: Schedule | Restart, step: int, seconds: float, model: nn.Module, optimizer: Optimizer, ema: EMAModel
+    folder: Path,
+    schedule: Schedule | Restart,
+    step: int,
+    seconds: float,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: EMAModel,
 ) -> None:
     tree = {
         "step": step,
