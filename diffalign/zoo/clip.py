@@ -39,12 +39,14 @@ REWARD = Spec(
     projection=64,
     schedule=training.Restart(
         training.Schedule(steps=1500, learning_rate=6e-4, warmup=100, decay=600),
-        training.Schedule(steps=1400, learning_rate=6e-4, warmup=50, decay=1000),
+        training.Schedule(steps=850, learning_rate=6e-4, warmup=50, decay=450),
     ),
 )
 CLUSTERS = 8
 MEMBERS = 6
 DISTRACTORS = 12
+EXTRA_CAPTIONS = 64  # a step, for the lesson alone: text is cheap beside images
+TEXT_WIDTH = 128
 ROUND_TRIP_EVERY = 16
 LESSON = 2.0
 """Weight of the readers' loss beside the contrastive one."""
@@ -56,8 +58,8 @@ def build(spec: Spec = REWARD) -> CLIPModel:
     tokenizer = clip_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
         num_hidden_layers=3,
         num_attention_heads=4,
         projection_dim=spec.projection,
@@ -88,9 +90,14 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 def embed(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit vectors of images (B, 3, 64, 64) in [0, 1] and of token ids (N, LENGTH)."""
-    vision = model.vision_model(pixel_values=images * 2 - 1).pooler_output
-    text = model.text_model(input_ids=ids).pooler_output
+    vision, text = pooled(model, images, ids)
     return F.normalize(model.visual_projection(vision), dim=-1), F.normalize(model.text_projection(text), dim=-1)
+
+
+def pooled(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both towers see, before it is projected to the common space."""
+    vision = model.vision_model(pixel_values=images * 2 - 1).pooler_output
+    return vision, model.text_model(input_ids=ids).pooler_output
 
 
 def cluster(rng: np.random.Generator) -> list[Scene]:
@@ -122,12 +129,11 @@ class Pupil(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.clip = build(spec)
-        self.readers = nn.ModuleList([Reader(spec.projection), Reader(spec.projection)])
+        self.readers = nn.ModuleList([Reader(spec.width), Reader(TEXT_WIDTH)])
 
-    def lesson(self, vision: torch.Tensor, text: torch.Tensor, scenes: list[Scene]) -> torch.Tensor:
-        """Both towers tell the scenes from their unit vectors (B, projection)."""
-        scale = vision.shape[-1] ** 0.5
-        return self.readers[0].loss(scale * vision, scenes) + self.readers[1].loss(scale * text, scenes)
+    def lesson(self, vision: torch.Tensor, text: torch.Tensor, seen: list[Scene], said: list[Scene]) -> torch.Tensor:
+        """Each tower, before its projection, tells the scenes that it saw or read."""
+        return self.readers[0].loss(vision, seen) + self.readers[1].loss(text, said)
 
 
 def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple[CLIPModel, float]:
@@ -145,12 +151,15 @@ def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple
         images = torch.cat([render(scenes, rng, supersample=1), torch.stack(wrong)])
         if vae is not None and batch.step % ROUND_TRIP_EVERY == ROUND_TRIP_EVERY - 1:
             images = autoencoder.decode(vae, autoencoder.encode(vae, images))
-        ids = tokenize(tokenizer, [say(scene, rng) for scene in scenes])
-        vision, text = embed(model, roughen(images, batch.generator), ids)
+        said = scenes + [sample_scene(rng, "train", objects=2) for _ in range(EXTRA_CAPTIONS)]
+        ids = tokenize(tokenizer, [say(scene, rng) for scene in said])
+        vision, text = pooled(model, roughen(images, batch.generator), ids)
+        lesson = pupil.lesson(vision[: len(scenes)], text, scenes, said)
+        vision = F.normalize(model.visual_projection(vision), dim=-1)
+        text = F.normalize(model.text_projection(text[: len(scenes)]), dim=-1)
         logits = model.logit_scale.exp().clamp(max=50) * text @ vision.T
         target = torch.arange(len(scenes))
         to_image, to_text = F.cross_entropy(logits, target), F.cross_entropy(logits[:, : len(scenes)].T, target)
-        lesson = pupil.lesson(vision[: len(scenes)], text, scenes)
         terms = {"to_image": to_image, "to_text": to_text, "lesson": lesson}
         terms["accuracy"] = (logits.argmax(1) == target).float().mean()
         return {"loss": (to_image + to_text) / 2 + LESSON * lesson, **terms}
