@@ -15,11 +15,11 @@ RECIPE = """
 pipeline: {path: zoo:shapes-sd}
 adapter: {rank: 2, alpha: 2}
 method:
-  {name: reward_backprop, num_inference_steps: 4, guidance_scale: 3.0, gradient: {kind: last_k, k: 2}, kl_weight: 0.1}
+  {name: reward_backprop, num_inference_steps: 3, guidance_scale: 3.0, gradient: {kind: last_k, k: 2}, kl_weight: 0.1}
 rewards: {train: [shapes-clip], heldout: [shapes-preference, shapes-oracle]}
 prompts: {train: "prompts:shapes-train", validation: "prompts:shapes-validation", test: "prompts:shapes-test"}
-evaluation: {num_validation_prompts: 4, num_test_prompts: 4, validation_steps: 2}
-num_prompts_per_step: 4
+evaluation: {num_validation_prompts: 2, num_test_prompts: 2, validation_steps: 2}
+num_prompts_per_step: 2
 max_train_steps: 4
 checkpointing_steps: 2
 output_dir: runs/resume
@@ -53,7 +53,7 @@ def contents(run):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("moment", ["rollout", "backward", "save", "rename"])
 def test_resumed_run_is_bit_equal(runs, moment):
     whole, resumed = contents(runs / "whole"), contents(runs / moment)
@@ -63,7 +63,7 @@ def test_resumed_run_is_bit_equal(runs, moment):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_nothing_of_a_killed_save_is_left(runs):
     for run in runs.glob("*/checkpoints"):
         assert sorted(p.name for p in run.iterdir()) == ["step-000002", "step-000004"]
