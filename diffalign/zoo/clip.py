@@ -39,7 +39,7 @@ REWARD = Spec(
     projection=64,
     schedule=training.Restart(
         training.Schedule(steps=1500, learning_rate=6e-4, warmup=100, decay=600),
-        training.Schedule(steps=850, learning_rate=6e-4, warmup=50, decay=450),
+        training.Schedule(steps=750, learning_rate=6e-4, warmup=50, decay=350),
     ),
 )
 CLUSTERS = 8

@@ -12,7 +12,7 @@ from diffalign.zoo.text import LENGTH, clip_tokenizer, read
 SEED = 21
 SCHEDULE = training.Restart(
     training.Schedule(steps=2750, learning_rate=1e-3, warmup=100, decay=1500),
-    training.Schedule(steps=1350, learning_rate=7e-4, warmup=50, decay=1200),
+    training.Schedule(steps=1150, learning_rate=7e-4, warmup=50, decay=1000),
 )
 BATCH = 32
 UNFINISHED = 2000  # the step whose samples `shapes-preference` learns from

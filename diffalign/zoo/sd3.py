@@ -24,7 +24,7 @@ from diffalign.zoo.text import LENGTH, clip_tokenizer, read, t5_tokenizer
 SEED = 31
 SCHEDULE = training.Restart(
     training.Schedule(steps=4200, learning_rate=1e-3, warmup=100, decay=1950),
-    training.Schedule(steps=2100, learning_rate=7e-4, warmup=50, decay=1900),
+    training.Schedule(steps=1750, learning_rate=7e-4, warmup=50, decay=1550),
 )
 BATCH = 32
 UNFINISHED = 3000  # the step whose samples `shapes-preference` learns from

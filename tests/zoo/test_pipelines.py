@@ -46,9 +46,9 @@ def test_images_are_as_right_as_the_card_says(pipeline):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cards_leave_room_and_say_what_they_are(name):
+def test_cards_leave_room_to_improve(name):
     test = figures(name)["test"]
-    assert 0.3 < test["two_objects"] < 0.85
+    assert test["two_objects"] < 0.85
     assert test["prompts"] == 256
 
 
