@@ -35,7 +35,8 @@ def features(name, images, captions):
     return outputs.image_embeds, outputs.text_embeds
 
 
-def test_transformers_and_open_clip_give_equal_features(pictures):
+def test_transformers_and_open_clip_give_equal_features(pictures, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # open_clip sets it and leaves it
     open_clip = pytest.importorskip("open_clip")
     images, captions = pictures
     vision, text = features("shapes-clip", images, captions)
