@@ -73,11 +73,14 @@ def differentiable_rollout(
     result.latents = x
     result.prediction_mse = torch.stack(squares).mean(0) if squares else None
     result.kl = torch.stack(divergences).sum(0) if divergences else None
-    result.ledger = Ledger(
-        denoiser_evaluations=(last + 1 + len(squares)) * chain.evaluations(),
-        backward_passes=len(plan.graded) * (len(rows) if guidance == "detach_unconditional" else chain.evaluations()),
-    )
+    result.ledger = _cost(chain, last + 1 + len(squares), len(plan.graded), guidance)
     return result
+
+
+def _cost(chain: Chain, evaluated: int, graded: int, guidance: Guidance) -> Ledger:
+    """Cost of so many evaluated and graded steps; a detached unconditional branch has no backward pass."""
+    backward = len(chain.rows) if guidance == "detach_unconditional" else chain.evaluations()
+    return Ledger(denoiser_evaluations=evaluated * chain.evaluations(), backward_passes=graded * backward)
 
 
 def _check_trainable(policy: Policy) -> None:
