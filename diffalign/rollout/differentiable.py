@@ -51,8 +51,7 @@ def differentiable_rollout(
         width: likewise.
 
     Raises:
-        ValueError: gradients are disabled, the policy has no trainable parameter, or rows and conditions differ in
-            number.
+        ValueError: gradients are disabled, nothing is trainable, or rows and conditions differ in number.
     """
     _check_trainable(policy)
     check_rows(rows, condition)
