@@ -94,7 +94,7 @@ def load_checkpoint(root: str | Path, which: str | Path = "latest") -> tuple[int
         if reason is None:
             if skipped:
                 logger.warning("resuming from %s; skipped %s", path, "; ".join(skipped))
-            return _load(path)
+            return _load(_in_place(path))
         skipped.append(f"{path.name}, which {reason}")
     # A hidden folder without a manifest is a first save that was cut off: nothing was ever there to resume.
     visible = [told for told in skipped if not told.startswith(".")]
@@ -141,6 +141,22 @@ def _seal(folder: Path, step: int) -> None:
 
 def _load(path: Path) -> tuple[int, Tree]:
     return json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"], load_tree(path)
+
+
+def _in_place(path: Path) -> Path:
+    """Ends a save that was cut off between its seal and its rename; what cannot be written is read where it is."""
+    if not _is_hidden(path):
+        return path
+    target = path.with_name(f"step-{_step(path):06d}")
+    try:
+        if target.exists():
+            _remove(target)  # it is damaged, or it would have been read first
+        path.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        logger.warning("reading %s where it is: %s", path, error)
+        return path
+    return target
 
 
 def _free_name(target: Path) -> Path:

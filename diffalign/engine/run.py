@@ -120,7 +120,8 @@ def resume(run: Run) -> int:
                 "or choose another output_dir"
             )
         return 0
-    found = load_checkpoint(checkpoints, asked)
+    with run.trainer.accelerator.main_process_first():  # the first may put a checkpoint in its place
+        found = load_checkpoint(checkpoints, asked)
     if found is None:
         logger.warning("no checkpoint in %s yet; starting from step 0", checkpoints)
         return 0
