@@ -4,7 +4,7 @@
     [key=value ...]
 
 Runs that are finished are not run again; one that was stopped is resumed. Writes results.json, results.md and
-curves.png into `--out` (default runs/alignprop). About 20 minutes a seed and recipe on one CPU core.
+curves.png into `--out` (default runs/alignprop).
 """
 
 import argparse
