@@ -1,6 +1,8 @@
 """`shapes-clip`: a contrastive image-text model, taught on clusters of scenes that differ in one fact."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +10,15 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from diffalign.zoo import training
+from diffalign.zoo import reading, training
 from diffalign.zoo import vae as autoencoder
-from diffalign.zoo.render import RESOLUTION, render
+from diffalign.zoo.render import RESOLUTION, Layout, lay_out
 from diffalign.zoo.spoil import distract, roughen
-from diffalign.zoo.symbols import Reader
-from diffalign.zoo.text import LENGTH, clip_tokenizer
+from diffalign.zoo.symbols import Reader, bits, facts
+from diffalign.zoo.text import LENGTH, clip_tokenizer, text_config
 from diffalign.zoo.world import Scene, mirrored, one_edit, sample_scene
 
 
@@ -28,7 +31,7 @@ class Spec:
     width: int
     layers: int
     projection: int
-    schedule: training.Schedule | training.Restart
+    schedule: training.Schedule
 
 
 REWARD = Spec(
@@ -37,38 +40,20 @@ REWARD = Spec(
     width=128,
     layers=4,
     projection=64,
-    schedule=training.Restart(
-        training.Schedule(steps=1500, learning_rate=6e-4, warmup=100, decay=600),
-        training.Schedule(steps=750, learning_rate=6e-4, warmup=50, decay=350),
-    ),
+    schedule=training.Schedule(steps=1800, learning_rate=1e-3, warmup=100, decay=1000),
 )
 CLUSTERS = 8
 MEMBERS = 6
 DISTRACTORS = 12
-EXTRA_CAPTIONS = 64  # a step, for the lesson alone: text is cheap beside images
-TEXT_WIDTH = 128
 ROUND_TRIP_EVERY = 16
 LESSON = 2.0
-"""Weight of the readers' loss beside the contrastive one."""
+"""Weight of the reader's loss beside the contrastive one."""
 
 
 def build(spec: Spec = REWARD) -> CLIPModel:
     """An untrained CLIP for 64x64 images and the captions of the shapes world."""
     torch.manual_seed(spec.seed)
-    tokenizer = clip_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        projection_dim=spec.projection,
-        max_position_embeddings=LENGTH,
-        hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = text_config(clip_tokenizer(), spec.projection)
     vision = CLIPVisionConfig(
         hidden_size=spec.width,
         intermediate_size=4 * spec.width,
@@ -90,14 +75,9 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 def embed(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit vectors of images (B, 3, 64, 64) in [0, 1] and of token ids (N, LENGTH)."""
-    vision, text = pooled(model, images, ids)
-    return F.normalize(model.visual_projection(vision), dim=-1), F.normalize(model.text_projection(text), dim=-1)
-
-
-def pooled(model: CLIPModel, images: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both towers see, before it is projected to the common space."""
     vision = model.vision_model(pixel_values=images * 2 - 1).pooler_output
-    return vision, model.text_model(input_ids=ids).pooler_output
+    text = model.text_model(input_ids=ids).pooler_output
+    return F.normalize(model.visual_projection(vision), dim=-1), F.normalize(model.text_projection(text), dim=-1)
 
 
 def cluster(rng: np.random.Generator) -> list[Scene]:
@@ -123,17 +103,26 @@ def say(scene: Scene, rng: np.random.Generator) -> str:
     return (mirrored(scene) if scene.relation and rng.random() < 0.5 else scene).caption
 
 
-class Pupil(nn.Module):
-    """A CLIP and the readers of its lessons, which are thrown away after training."""
+class Eye(nn.Module):
+    """The image tower's lesson: every patch tells which object covers it, the pooled image tells them all.
+
+    Patches speak before the last layer, in which the pooled state collects what they know. Thrown away after training.
+    """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.clip = build(spec)
-        self.readers = nn.ModuleList([Reader(spec.width), Reader(TEXT_WIDTH)])
+        self.patch = spec.patch
+        self.patches, self.image = Reader(spec.width), Reader(spec.width)
 
-    def lesson(self, vision: torch.Tensor, text: torch.Tensor, seen: list[Scene], said: list[Scene]) -> torch.Tensor:
-        """Each tower, before its projection, tells the scenes that it saw or read."""
-        return self.readers[0].loss(vision, seen) + self.readers[1].loss(text, said)
+    def loss(self, vision: BaseModelOutputWithPooling, scenes: Sequence[Scene], layout: Layout) -> torch.Tensor:
+        """Of the first images of `vision`, which show `scenes` as `layout` places them."""
+        middle = (torch.arange(RESOLUTION // self.patch) + 0.5) * self.patch
+        x, y = torch.meshgrid(middle, middle, indexing="xy")
+        grid = torch.stack([x, y], -1).flatten(0, 1)
+        covered = (grid[None, :, None] - layout.center[:, None]).norm(dim=-1) < layout.radius[:, None]
+        here = covered.float() @ torch.stack([facts(scene) for scene in scenes])
+        tokens = vision.hidden_states[-2][: len(scenes), 1:]
+        return self.patches.loss(tokens, here) + self.image.loss(vision.pooler_output[: len(scenes)], bits(scenes))
 
 
 def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple[CLIPModel, float]:
@@ -141,27 +130,35 @@ def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple
 
     Every sixteenth batch goes through `vae`, so that the model knows a decoder's own traces.
     """
-    pupil = Pupil(spec)
-    model, tokenizer = pupil.clip, clip_tokenizer()
+    model, tokenizer = build(spec), clip_tokenizer()
+    seconds = reading.teach(model.text_model, partial(_read, model), tokenizer, folder / "reading", spec.seed)
+    eye = Eye(spec)
 
     def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
         rng = batch.rng
         scenes = [scene for _ in range(CLUSTERS) for scene in cluster(rng)]
+        layout = lay_out(scenes, rng)
         wrong = [distract(scenes[rng.integers(len(scenes))], rng) for _ in range(DISTRACTORS)]
-        images = torch.cat([render(scenes, rng, supersample=1), torch.stack(wrong)])
+        images = torch.cat([layout.draw(supersample=1), torch.stack(wrong)])
         if vae is not None and batch.step % ROUND_TRIP_EVERY == ROUND_TRIP_EVERY - 1:
             images = autoencoder.decode(vae, autoencoder.encode(vae, images))
-        said = scenes + [sample_scene(rng, "train", objects=2) for _ in range(EXTRA_CAPTIONS)]
-        ids = tokenize(tokenizer, [say(scene, rng) for scene in said])
-        vision, text = pooled(model, roughen(images, batch.generator), ids)
-        lesson = pupil.lesson(vision[: len(scenes)], text, scenes, said)
-        vision = F.normalize(model.visual_projection(vision), dim=-1)
-        text = F.normalize(model.text_projection(text[: len(scenes)]), dim=-1)
-        logits = model.logit_scale.exp().clamp(max=50) * text @ vision.T
+        images = roughen(images, batch.generator) * 2 - 1
+        vision = model.vision_model(pixel_values=images, output_hidden_states=True)
+        text = model.text_model(input_ids=tokenize(tokenizer, [say(scene, rng) for scene in scenes])).pooler_output
+        lesson = eye.loss(vision, scenes, layout)
+        seen = F.normalize(model.visual_projection(vision.pooler_output), dim=-1)
+        said = F.normalize(model.text_projection(text), dim=-1)
+        logits = model.logit_scale.exp().clamp(max=50) * said @ seen.T
         target = torch.arange(len(scenes))
         to_image, to_text = F.cross_entropy(logits, target), F.cross_entropy(logits[:, : len(scenes)].T, target)
         terms = {"to_image": to_image, "to_text": to_text, "lesson": lesson}
         terms["accuracy"] = (logits.argmax(1) == target).float().mean()
         return {"loss": (to_image + to_text) / 2 + LESSON * lesson, **terms}
 
-    return model, training.train(pupil, loss, spec.schedule, folder, seed=spec.seed, checkpoint_every=100)
+    pupil = nn.ModuleDict({"clip": model, "eye": eye})
+    return model, seconds + training.train(pupil, loss, spec.schedule, folder, seed=spec.seed, checkpoint_every=100)
+
+
+def _read(model: CLIPModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    output = model.text_model(input_ids=ids)
+    return output.last_hidden_state, output.pooler_output

@@ -11,7 +11,6 @@ from diffalign.zoo import latents, sd, sd3, training
 
 FAMILIES: dict[str, ModuleType] = {"shapes-sd": sd, "shapes-sd3": sd3}
 LATENT_SEED = 41
-EXTRA_CAPTIONS = 64  # a step, for the lesson alone: text is cheap beside images
 
 
 def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) -> tuple[DiffusionPipeline, float]:
@@ -29,7 +28,7 @@ def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) 
 
     def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
         clean, ids = data.draw(batch, family.BATCH)
-        return model(scaled(vae, clean), torch.cat([ids, data.captions(batch, EXTRA_CAPTIONS)]), batch)
+        return model(scaled(vae, clean), ids, batch)
 
     def export(step: int) -> None:
         model.eval()
@@ -38,8 +37,9 @@ def train(name: str, folder: Path, vae: AutoencoderKL, export_every: int = 250) 
             model.pipeline(vae).save_pretrained(folder / "unfinished")
         model.train()
 
+    seconds = model.learn_to_read(folder / "reading")
     model.train()
-    seconds = training.train(
+    seconds += training.train(
         model, loss, family.SCHEDULE, folder, seed=family.SEED, checkpoint_every=export_every, on_checkpoint=export
     )
     model.eval()

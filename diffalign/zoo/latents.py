@@ -35,11 +35,6 @@ class Latents:
         ids = torch.where(drop[:, None], self.empty, self.ids[rows, way])
         return self.latents[rows].float(), ids
 
-    def captions(self, batch: Batch, size: int) -> torch.Tensor:
-        """Ids (size, LENGTH) of random captions."""
-        rows = torch.randint(len(self.ids), (size,), generator=batch.generator)
-        return self.ids[rows, torch.randint(self.ids.shape[1], (size,), generator=batch.generator)]
-
 
 def collect(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, count: int = COUNT) -> Latents:
     """Render and encode `count` scenes of the train split; a pair is said from either object's side."""

@@ -1,8 +1,8 @@
-"""What a scene says, as bits: the extra lesson by which text and image towers learn who stands where.
+"""What a scene says, as bits: the lesson by which text and image towers learn who stands where.
 
 `left of` tells nothing by itself, nor does the order of the objects: only both together do, and gradient descent on
-pictures alone spends thousands of steps before it notices. A linear reader of these bits, trained along and then
-thrown away, points at them from the first step.
+pictures alone spends thousands of steps before it notices. A linear reader of these bits points at them from the first
+step, and is thrown away afterwards.
 """
 
 from collections.abc import Sequence
@@ -11,35 +11,38 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffalign.zoo.world import COLORS, INVERSE, RELATIONS, SHAPES, SIZES, Scene
+from diffalign.zoo.world import COLORS, RELATIONS, SHAPES, SIZES, Scene, mirrored
 
-_EACH = 1 + len(SHAPES) + len(SIZES) + len(RELATIONS)
-COUNT = len(COLORS) * _EACH
-"""For each colour: is it there; with which shape and size; where does it stand, seen from the other object."""
+PLACES = (None, *RELATIONS)
+"""Where an object stands, seen from the other one; None for an object alone."""
+_EACH = len(COLORS) + len(SHAPES) + len(SIZES)
+COUNT = len(PLACES) * _EACH
+"""For each place: which colour, shape and size stand there."""
 
 
-def bits(scene: Scene) -> torch.Tensor:
-    """The facts of `scene`: (COUNT,) of 0 and 1, the same from either object's side."""
-    facts = torch.zeros(len(COLORS), _EACH)
-    sides = [scene.relation, INVERSE[scene.relation]] if scene.relation else [None]
-    for thing, side in zip(scene.things, sides, strict=True):
-        row = facts[COLORS.index(thing.color)]
-        row[0] = 1
-        row[1 + SHAPES.index(thing.shape)] = 1
-        row[1 + len(SHAPES) + SIZES.index(thing.size)] = 1
-        if side is not None:
-            row[1 + len(SHAPES) + len(SIZES) + RELATIONS.index(side)] = 1
-    return facts.flatten()
+def facts(scene: Scene) -> torch.Tensor:
+    """(2, COUNT) of 0 and 1: what `scene` says of each object, in the place where it stands; zeros for none."""
+    rows = torch.zeros(2, len(PLACES), _EACH)
+    for row, side in zip(rows, (scene, mirrored(scene)) if scene.relation else (scene,), strict=False):
+        thing, at = side.things[0], row[PLACES.index(side.relation)]
+        at[COLORS.index(thing.color)] = 1
+        at[len(COLORS) + SHAPES.index(thing.shape)] = 1
+        at[len(COLORS) + len(SHAPES) + SIZES.index(thing.size)] = 1
+    return rows.flatten(1)
+
+
+def bits(scenes: Sequence[Scene]) -> torch.Tensor:
+    """All facts of each scene: (B, COUNT), the same from either object's side."""
+    return torch.stack([facts(scene).sum(0) for scene in scenes])
 
 
 class Reader(nn.Linear):
-    """Reads the bits from features (B, width); its loss is the lesson."""
+    """Reads the bits from features (..., width); its loss is the lesson."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, COUNT)
 
-    def loss(self, features: torch.Tensor, scenes: Sequence[Scene | None]) -> torch.Tensor:
-        """Mean binary cross-entropy of the scenes; rows without a scene (empty captions) do not count."""
-        rows = [i for i, scene in enumerate(scenes) if scene is not None]
-        target = torch.stack([bits(scene) for scene in scenes if scene is not None])
-        return F.binary_cross_entropy_with_logits(self(features[rows]), target)
+    def loss(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean binary cross-entropy of features (..., width) and bits that broadcast to (..., COUNT)."""
+        logits = self(features)
+        return F.binary_cross_entropy_with_logits(logits, target.expand_as(logits))

@@ -4,13 +4,14 @@ import itertools
 import string
 from collections import Counter
 
-import torch
-from transformers import CLIPTokenizer, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Tokenizer
 
-from diffalign.zoo.world import COLORS, RELATIONS, SHAPES, SIZES, Scene, parse
+from diffalign.zoo.world import COLORS, RELATIONS, SHAPES, SIZES
 
 LENGTH = 16
 """Tokens of a padded caption; the longest caption of the grammar takes 12 with its start and end."""
+
+WIDTH = 128  # of every text encoder
 
 WORDS = sorted({"a", "an", *COLORS, *SHAPES, *SIZES, *(word for r in RELATIONS for word in r.split())})
 
@@ -52,10 +53,21 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
-def read(tokenizer: CLIPTokenizer, ids: torch.Tensor) -> list[Scene | None]:
-    """The scenes that captions (B, LENGTH) say; None for the empty one."""
-    captions = [caption.strip() for caption in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    return [parse(caption) if caption else None for caption in captions]
+def text_config(tokenizer: CLIPTokenizer, projection: int = WIDTH) -> CLIPTextConfig:
+    """Every text encoder of the zoo: three layers of width 128."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=projection,
+        max_position_embeddings=LENGTH,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def t5_tokenizer() -> T5Tokenizer:

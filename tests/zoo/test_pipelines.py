@@ -75,5 +75,5 @@ def test_the_weighted_attention_of_training_is_the_pipelines_own(copies):
             [caption, ""], None, None, do_classifier_free_guidance=False, max_sequence_length=copies
         )
         theirs = model.transformer(latents, context, pooled, t).sample
-    assert context.shape == (2, 16 + copies, 128)
+    assert context.shape == (2, 16 + copies, 256)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
