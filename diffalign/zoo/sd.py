@@ -11,7 +11,7 @@ from diffalign.zoo import reading, training
 from diffalign.zoo.text import WIDTH, clip_tokenizer, text_config
 
 SEED = 21
-SCHEDULE = training.Schedule(steps=4000, learning_rate=1e-3, warmup=100, decay=2000)
+SCHEDULE = training.Schedule(steps=3000, learning_rate=1e-3, warmup=100, decay=1000)
 BATCH = 32
 UNFINISHED = 2000  # the step whose samples `shapes-preference` learns from
 SHIFTED = False  # the pipeline divides latents by the scaling factor and adds no shift
