@@ -91,10 +91,10 @@ class FlowSDE(Law):
              + c \sqrt{-\Delta}\, z, \qquad \Delta = s' - s < 0
 
     One kernel for Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) and, with a constant c, DanceGRPO (Xue et al. 2025,
-    arXiv 2505.07818), whose code writes the same drift with the score -(x + (1 - s) v) / s. It departs from both only in
-    taking c from any function of the levels.
+    arXiv 2505.07818), whose code writes the same drift with the score -(x + (1 - s) v) / s. It departs from both only
+    in taking c from any function of the levels.
 
-    Of strong order 1, as the noise is additive; from s = 1, where Flow-GRPO's c is singular, of order a^2 / 2 if a^2 < 2.
+    Of strong order 1, as the noise is additive; from s = 1, where Flow-GRPO's c is singular, of order min(1, a^2 / 2).
 
     Args:
         noise_coefficient: c as a function of (s, s').

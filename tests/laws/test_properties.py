@@ -1,4 +1,4 @@
-"""What each law says of itself, measured exactly: the chain on Gaussian data is linear, so its moments need no sample."""
+"""What each law says of itself, measured without a sample: the chain on Gaussian data is linear, its moments exact."""
 
 import pytest
 

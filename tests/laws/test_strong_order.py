@@ -1,5 +1,6 @@
-"""Paths of the same noise at 16 to 256 steps: a law of an SDE converges path by path, with order 1 for additive noise."""
+"""Paths of the same noise at 16 to 256 steps: those of an SDE converge one by one, of order 1 with additive noise."""
 
+import itertools
 import math
 
 import pytest
@@ -25,7 +26,7 @@ def strong_order(law: Law, levels: object, high: float, low: float) -> float:
             x = law.step(DATA.predict(x, level), to).sample(z)
         ends.append(x)
         noise = (noise[0::2] + noise[1::2]) / math.sqrt(2)  # the Brownian increments of steps twice as long
-    errors = [float((fine - coarse).square().mean().sqrt()) for fine, coarse in zip(ends, ends[1:], strict=False)]
+    errors = [float((fine - coarse).square().mean().sqrt()) for fine, coarse in itertools.pairwise(ends)]
     order = math.log2(errors[-1] / errors[0]) / (len(errors) - 1)
     print(f"{law!r:36} {high} to {low}: errors {[f'{e:.1e}' for e in errors]}, order {order:.2f}")
     return order
