@@ -53,10 +53,9 @@ class Categorical:
     def kl(self, other: "Categorical", reduction: Reduction) -> Tensor:
         """Return KL(self || other), (B,), in closed form; inf where ``self`` can do what ``other`` cannot."""
         possible = self.log_probs > -torch.inf
-        # Impossible tokens are taken out before the product and after it: 0 * -inf would be NaN, in the gradient too.
+        # Impossible tokens are taken out before the product as well as after it, or its gradient there, 0 inf, is NaN.
         own = torch.where(possible, self.log_probs, 0)
-        difference = own - torch.where(possible, other.log_probs, 0)
-        return reduce_elements(torch.where(possible, own.exp() * difference, 0).sum(-1), reduction)
+        return reduce_elements(torch.where(possible, own.exp() * (own - other.log_probs), 0).sum(-1), reduction)
 
     def _of(self, tokens: Tensor) -> Tensor:
         return self.log_probs.gather(-1, tokens[..., None]).squeeze(-1)
