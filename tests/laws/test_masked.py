@@ -208,6 +208,19 @@ def test_gradients_are_finite_and_right_where_tokens_are_impossible() -> None:
         assert not gradient[..., MASK].any()
 
 
+def test_a_word_that_is_ruled_out_leaves_the_gradient_of_the_kl_finite() -> None:
+    schedule, tokens = flow_levels(5), torch.full((1, 2), MASK)
+    at = (schedule.level(1), schedule.target(1))
+    ruled_out = torch.where(torch.arange(4) == 3, -torch.inf, 0.0)
+    reference = LAW.step(draw(1, 2, 4, seed=1) + ruled_out, tokens, *at)
+    logits = draw(1, 2, 4).requires_grad_()
+    kl = LAW.step(logits + ruled_out, tokens, *at).kl(reference, "sum")
+    (gradient,) = torch.autograd.grad(kl.sum(), logits)
+    assert kl.item() > 0
+    assert gradient.isfinite().all()
+    assert (gradient.abs().sum((0, 1)) > 0).tolist() == [True, False, True, False]
+
+
 def test_low_precision_is_raised_and_a_missing_mask_column_refused() -> None:
     schedule = flow_levels(5)
     tokens = torch.full((1, 2), MASK)
