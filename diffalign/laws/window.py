@@ -29,7 +29,7 @@ class Window(Law):
         stop: the step after the last one with noise.
 
     Raises:
-        ValueError: the window is empty or leaves the schedule.
+        ValueError: the window is empty or leaves the schedule, or the law is none of such a schedule.
     """
 
     memoryless = False
@@ -39,6 +39,7 @@ class Window(Law):
             raise ValueError(
                 f"window of steps {start} to {stop} of {len(schedule)}: use 0 <= start < stop <= {len(schedule)}"
             )
+        law.stds(schedule)  # raises where it is no law of this schedule
         self.law, self.start, self.stop = law, start, stop
         self.outside = default_law(schedule.kind)
         self.schedules = (schedule.kind,)

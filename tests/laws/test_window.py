@@ -55,3 +55,5 @@ def test_what_a_window_cannot_be_is_refused() -> None:
             Window(FlowSDE(), flow_levels(10), start, stop)
     with pytest.raises(ValueError, match=r"Window\(FlowSDE.*no law of a diffusion schedule, only of flow"):
         Window(FlowSDE(), flow_levels(10), 2, 5).stds(diffusion_levels(10))
+    with pytest.raises(ValueError, match=r"FlowSDE\(.*no law of a diffusion schedule"):
+        Window(FlowSDE(), diffusion_levels(10), 2, 5)
