@@ -20,6 +20,7 @@ class FlowODE(Law):
 
     marginal_preserving = True
     memoryless = False
+    schedules = ("flow",)
 
     def __repr__(self) -> str:
         return "FlowODE()"
@@ -36,10 +37,10 @@ class FlowODE(Law):
 
 
 class FlowGRPONoise:
-    """c = a sqrt(s / (1 - s)), the coefficient of Flow-GRPO (Liu et al. 2025, arXiv 2505.05470).
+    """c = a sqrt(s / (1 - s)), the coefficient of Flow-GRPO (Liu et al. 2025, arXiv 2505.05470, section 4.2).
 
-    It diverges at s = 1. As in the authors' code the next level then stands in for s inside 1 - s. With a = sqrt(2) the
-    SDE is memoryless.
+    It diverges at s = 1. As in the authors' code the next level then stands in for s inside 1 - s. From a = sqrt(2) on
+    the SDE is memoryless.
 
     Args:
         a: noise level; the paper's default is 0.7, and 0 gives the ODE.
@@ -58,6 +59,30 @@ class FlowGRPONoise:
         return self.a * (sigma / (1 - torch.where(sigma == 1, next_sigma, sigma))).sqrt()
 
 
+class DanceGRPONoise:
+    """c = eta at every level, the coefficient of DanceGRPO (Xue et al. 2025, arXiv 2505.07818) and of its code.
+
+    Most of its pull on the state, c^2 / (2 s), comes at the end: the last step from s to 0 takes eta^2 / 2 of the
+    predicted noise away and adds eta sqrt(s). The result so holds noise of that size; DanceGRPO scores x_0 as predicted
+    before that step.
+
+    Args:
+        eta: noise level; 0.3 in the authors' scripts for FLUX, and 0 gives the ODE.
+    """
+
+    def __init__(self, eta: float = 0.3) -> None:
+        if eta < 0:
+            raise ValueError(f"noise level eta = {eta} is negative: use 0 for the ODE, 0.3 for DanceGRPO's default")
+        self.eta = eta
+
+    def __repr__(self) -> str:
+        return f"DanceGRPONoise(eta={self.eta})"
+
+    def __call__(self, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+        """Return c, (B,)."""
+        return torch.full_like(sigma, self.eta)
+
+
 class FlowSDE(Law):
     r"""The Euler-Maruyama step of an SDE that has the marginals of the flow.
 
@@ -65,19 +90,27 @@ class FlowSDE(Law):
         x' = x \left(1 + \tfrac{c^2}{2 s} \Delta\right) + v \left(1 + \tfrac{c^2 (1 - s)}{2 s}\right) \Delta
              + c \sqrt{-\Delta}\, z, \qquad \Delta = s' - s < 0
 
-    Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) and, with a constant c, DanceGRPO (Xue et al. 2025, arXiv 2505.07818).
-    It departs from both only in taking c from any function of the levels.
+    One kernel for Flow-GRPO (Liu et al. 2025, arXiv 2505.05470) and, with a constant c, DanceGRPO (Xue et al. 2025,
+    arXiv 2505.07818), whose code writes the same drift with the score -(x + (1 - s) v) / s. It departs from both only
+    in taking c from any function of the levels.
+
+    Of strong order 1, as the noise is additive; from s = 1, where Flow-GRPO's c is singular, of order min(1, a^2 / 2).
 
     Args:
         noise_coefficient: c as a function of (s, s').
     """
 
     marginal_preserving = True
+    schedules = ("flow",)
 
     def __init__(self, noise_coefficient: NoiseCoefficient | None = None) -> None:
         self.noise_coefficient = FlowGRPONoise() if noise_coefficient is None else noise_coefficient
         coefficient = self.noise_coefficient
-        self.memoryless = isinstance(coefficient, FlowGRPONoise) and math.isclose(coefficient.a, math.sqrt(2))
+        # Of other coefficients it is not known: they would have to reach that of a = sqrt(2) at every level.
+        root = math.sqrt(2)
+        self.memoryless = isinstance(coefficient, FlowGRPONoise) and (
+            coefficient.a > root or math.isclose(coefficient.a, root)
+        )
 
     def __repr__(self) -> str:
         return f"FlowSDE({self.noise_coefficient!r})"

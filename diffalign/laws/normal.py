@@ -46,7 +46,7 @@ class Normal:
             self._refuse_points("log_prob")
         std = per_row(self.std, self.mean)
         z = (at_least_fp32(x) - self.mean) / std
-        return _reduce(-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
+        return reduce_elements(-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi), reduction)
 
     def log_ratio(self, x: Tensor, other: "Normal", reduction: Reduction, *, validate: bool = True) -> Tensor:
         """Return log self(x) - log other(x), (B,), subtracted element by element before it is reduced.
@@ -62,7 +62,7 @@ class Normal:
         x = at_least_fp32(x)
         std, other_std = per_row(self.std, self.mean), per_row(other.std, self.mean)
         z, other_z = (x - self.mean) / std, (x - other.mean) / other_std
-        return _reduce(0.5 * (other_z - z) * (other_z + z) + (other_std / std).log(), reduction)
+        return reduce_elements(0.5 * (other_z - z) * (other_z + z) + (other_std / std).log(), reduction)
 
     def kl(self, other: "Normal", reduction: Reduction, *, validate: bool = True) -> Tensor:
         """Return KL(self || other), (B,), in closed form.
@@ -76,7 +76,7 @@ class Normal:
         std, other_std = per_row(self.std, self.mean), per_row(other.std, self.mean)
         ratio = std / other_std
         shift = (self.mean - other.mean) / other_std
-        return _reduce(0.5 * (ratio.square() + shift.square() - 1) - ratio.log(), reduction)
+        return reduce_elements(0.5 * (ratio.square() + shift.square() - 1) - ratio.log(), reduction)
 
     def _refuse_points(self, what: str) -> None:
         points = int((self.std == 0).sum())
@@ -87,7 +87,12 @@ class Normal:
             )
 
 
-def _reduce(elements: Tensor, reduction: Reduction) -> Tensor:
+def reduce_elements(elements: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce (B, ...) over all but the rows, to (B,).
+
+    Raises:
+        ValueError: the reduction is neither "sum" nor "mean".
+    """
     flat = elements.flatten(1)
     if reduction == "sum":
         return flat.sum(1)

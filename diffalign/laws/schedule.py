@@ -83,14 +83,15 @@ class Schedule:
 
 
 def diffusion_schedule(
-    alphas_cumprod: Tensor, timesteps: Tensor, step_size: int, final_alpha_cumprod: float | Tensor
+    alphas_cumprod: Tensor, timesteps: Tensor, step_size: int | None, final_alpha_cumprod: float | Tensor
 ) -> Schedule:
-    """Build the schedule of a variance-preserving diffusion from the tables of a DDIM scheduler.
+    """Build the schedule of a variance-preserving diffusion from the tables of a diffusers scheduler.
 
     Args:
         alphas_cumprod: (T,) cumulative products of the training schedule.
         timesteps: (N,) integer timesteps of the evaluations, descending.
-        step_size: stride of a step; step i leads to ``timesteps[i] - step_size``.
+        step_size: stride of a step; step i leads to ``timesteps[i] - step_size``, as in diffusers' DDIM. None: it leads
+            to ``timesteps[i + 1]``, as in its DDPM, LCM and Euler schedulers.
         final_alpha_cumprod: cumulative product of the level before timestep 0.
 
     Returns:
@@ -103,7 +104,7 @@ def diffusion_schedule(
     at = timesteps.detach().cpu().long()
     if at.max() >= len(table):
         raise ValueError(f"timestep {int(at.max())} is outside the training schedule of {len(table)}: take fewer steps")
-    to = at - step_size
+    to = torch.cat([at[1:], at.new_tensor([-1])]) if step_size is None else at - step_size
     final = torch.as_tensor(final_alpha_cumprod).detach().cpu().double()
     evaluated = table[at]
     reached = torch.where(to >= 0, table[to.clamp(min=0)], final)

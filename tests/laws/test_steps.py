@@ -6,13 +6,19 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffalign.laws import (
+    CPS,
     DDIM,
+    DDPM,
+    Consistency,
+    DanceGRPONoise,
     FlowGRPONoise,
     FlowODE,
     FlowSDE,
+    Law,
     Level,
     Prediction,
     Schedule,
+    Window,
     default_law,
     diffusion_schedule,
     flow_schedule,
@@ -131,7 +137,18 @@ def test_flow_sde_stds_are_those_of_flow_grpo() -> None:
 
 @pytest.mark.parametrize(
     ("law", "kind"),
-    [(DDIM(0.7), "epsilon"), (FlowSDE(), "velocity"), (FlowODE(), "velocity"), (DDIM(1.0), "velocity")],
+    [
+        (DDIM(0.7), "epsilon"),
+        (DDPM("fixed_large"), "epsilon"),
+        (CPS(0.7), "velocity"),
+        (Consistency(), "epsilon"),
+        (FlowSDE(), "velocity"),
+        (FlowSDE(DanceGRPONoise()), "velocity"),
+        (FlowODE(), "velocity"),
+        (DDIM(1.0), "velocity"),
+        (Window(FlowSDE(), flow_pair(8)[1], 3, 7), "velocity"),
+    ],
+    ids=repr,
 )
 def test_rows_may_stand_at_different_times(law: object, kind: str) -> None:
     _, schedule = ddim_pair(8) if kind == "epsilon" else flow_pair(8)
@@ -168,3 +185,22 @@ def test_noise_levels_outside_their_range_are_refused() -> None:
         DDIM(1.5)
     with pytest.raises(ValueError, match=r"a = -0\.1 is negative"):
         FlowGRPONoise(-0.1)
+    with pytest.raises(ValueError, match=r"eta = -0\.1 is negative"):
+        DanceGRPONoise(-0.1)
+    with pytest.raises(ValueError, match=r"CPS eta = 1\.2 is outside \[0, 1\]"):
+        CPS(1.2)
+    with pytest.raises(ValueError, match="variance 'learned' is unknown: use 'fixed_small'"):
+        DDPM("learned")  # type: ignore[arg-type]
+
+
+def test_a_law_of_flows_refuses_a_diffusion_schedule() -> None:
+    with pytest.raises(ValueError, match=r"FlowODE\(\) is no law of a diffusion schedule.*default_law\('diffusion'"):
+        FlowODE().stds(ddim_pair(4)[1])
+
+
+@pytest.mark.parametrize("law", [DDIM(0.7), DDPM(), CPS(0.7), Consistency(), FlowSDE(), FlowSDE(DanceGRPONoise())])
+def test_a_law_keeps_float64_and_raises_bf16_to_fp32(law: Law) -> None:
+    _, schedule = flow_pair(4)
+    for given, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        prediction = Prediction(draw(1, 8).to(given), draw(1, 8).to(given), schedule.level(1), "velocity")
+        assert law.step(prediction, schedule.target(1)).mean.dtype == expected

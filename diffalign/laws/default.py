@@ -1,0 +1,18 @@
+"""The usual law of each kind of schedule."""
+
+from diffalign.laws.ddim import DDIM
+from diffalign.laws.flow import FlowGRPONoise, FlowODE, FlowSDE
+from diffalign.laws.law import Law
+from diffalign.laws.schedule import ScheduleKind
+
+
+def default_law(kind: ScheduleKind, noise: float = 0.0) -> Law:
+    """Return the usual law of a schedule.
+
+    Args:
+        kind: kind of the schedule.
+        noise: DDIM's eta for a diffusion schedule; Flow-GRPO's level ``a`` for a flow, where 0 means the plain ODE.
+    """
+    if kind == "diffusion":
+        return DDIM(noise)
+    return FlowSDE(FlowGRPONoise(noise)) if noise else FlowODE()
