@@ -13,16 +13,16 @@ ABOUT = {
 AutoencoderKL, 64x64x3 pixels to 16x16x4 latents, trained on renders of the shapes world. Both pipelines carry it.
 """,
     "shapes-sd": """
-StableDiffusionPipeline that draws the shapes world at 64x64: U-Net with cross-attention at 8x8, v-prediction, 20 DDIM
-steps, guidance 3. It is left with room to improve, for fine-tuning to use.
+StableDiffusionPipeline that draws the shapes world at 64x64: U-Net with cross-attention at 8x8 and 4x4,
+v-prediction, 20 DDIM steps, guidance 3. Its text encoder learned to read captions first, and was frozen. It is left with room to improve, for fine-tuning to use.
 """,
     "shapes-sd3": """
 StableDiffusion3Pipeline that draws the shapes world at 64x64: six joint blocks, rectified flow, 20 Euler steps,
 guidance 3. It is left with room to improve, for fine-tuning to use.
 
-The two CLIP encoders are trained along. The T5 is silent: it answers zeros, as the pipeline does itself for a T5 that
-is None, because plain `from_pretrained` wants the component. So `max_sequence_length=16` is as good as the default 256,
-and about three times faster.
+The two CLIP encoders learned to read captions first, and were frozen. The T5 is silent: it answers zeros, as the
+pipeline does itself for a T5 that is None, because plain `from_pretrained` wants the component. So
+`max_sequence_length=16` is as good as the default 256, and about three times faster.
 """,
     "shapes-clip": """
 CLIP for the shapes world, trained contrastively against neighbours with one wrong fact and spoilt images: the training

@@ -33,6 +33,28 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Restart:
+    """A second schedule after the first, with a warm-up of its own: more training where the first left off."""
+
+    first: Schedule
+    second: Schedule
+
+    @property
+    def steps(self) -> int:
+        """Of both."""
+        return self.first.steps + self.second.steps
+
+    @property
+    def learning_rate(self) -> float:
+        """The higher of both."""
+        return max(self.first.learning_rate, self.second.learning_rate)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step with this index, counted from 0."""
+        return self.first.rate(step) if step < self.first.steps else self.second.rate(step - self.first.steps)
+
+
+@dataclass(frozen=True)
 class Batch:
     """What a loss may draw from: everything random is a function of (seed, step), so that a resumed run repeats it."""
 
@@ -49,7 +71,7 @@ class Batch:
 def train(
     model: nn.Module,
     loss: Callable[[Batch], dict[str, torch.Tensor]],
-    schedule: Schedule,
+    schedule: Schedule | Restart,
     folder: Path,
     *,
     seed: int,
@@ -102,7 +124,7 @@ def _log(folder: Path, row: dict) -> None:
 
 def _save(
     folder: Path,
-    schedule: Schedule,
+    schedule: Schedule | Restart,
     step: int,
     seconds: float,
     model: nn.Module,
