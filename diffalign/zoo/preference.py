@@ -28,9 +28,9 @@ LABEL_NOISE = 0.10
 """Share of pairs whose label is the wrong way round, drawn once for each pair."""
 AREA_BIAS = 0.5
 """The labeller compares fraction-correct plus this times the painted share of the image."""
-PROMPTS = 256
+PROMPTS = 192
 
-BASE = clip.Spec(71, 7, 96, 4, 48, training.Schedule(steps=1200, learning_rate=1e-3, warmup=100, decay=700))
+BASE = clip.Spec(71, 7, 96, 4, 48, training.Schedule(steps=900, learning_rate=1e-3, warmup=100, decay=500))
 CHOICES = training.Schedule(steps=300, learning_rate=2e-4, warmup=30, decay=200)
 PAIRS = 24
 
