@@ -54,7 +54,11 @@ class FullGradient(Settings):
 
 
 class LastKGradient(Settings):
-    """DRaFT-K: gradient through the last `k` steps only."""
+    """DRaFT-K: gradient through the last `k` steps only.
+
+    The scheduler of SD3 evaluates its last step at a sigma near 0 (0.001 with shift 1, 0.009 with shift 3), where the
+    image hardly depends on the prediction: with k = 1 the gradient all but vanishes there. Use 3 or more.
+    """
 
     kind: Literal["last_k"] = "last_k"
     k: PositiveInt = 1
