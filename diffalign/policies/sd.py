@@ -1,11 +1,12 @@
 """Stable Diffusion 1.x and 2.x."""
 
+import torch
 from torch import Tensor
 
 from diffalign.laws import PredictionKind, Schedule
-from diffalign.policies.base import POLICIES, Policy, logger
+from diffalign.policies.base import POLICIES, Policy
 from diffalign.policies.condition import Condition
-from diffalign.policies.tables import as_ddim, read_diffusion
+from diffalign.policies.tables import check_diffusion, read_diffusion
 
 
 @POLICIES.register("sd")
@@ -22,20 +23,13 @@ class StableDiffusion(Policy):
     def check(self) -> None:
         """Refuse UNets that need more than a latent and a prompt, and schedulers without tables."""
         config = self.denoiser.config
-        if config.time_cond_proj_dim is not None:
-            raise ValueError(
-                "this UNet embeds the guidance scale (distilled, as LCM): use the model it was distilled from"
-            )
         channels = self.pipe.vae.config.latent_channels
         if config.in_channels != channels:
             raise ValueError(
                 f"this UNet reads {config.in_channels} channels and latents have {channels} (inpainting or image "
                 "variation): use a text-to-image checkpoint"
             )
-        as_ddim(self.pipe.scheduler)
-        name = type(self.pipe.scheduler).__name__
-        if name != "DDIMScheduler":
-            logger.info("%s is read as DDIMScheduler over the same betas; policies step by DDIM", name)
+        check_diffusion(self.pipe.scheduler)
 
     def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
         """Return the DDIM levels; they do not depend on the image size."""
@@ -50,10 +44,36 @@ class StableDiffusion(Policy):
         embeds, _ = self.pipe.encode_prompt([prompt], self.device, 1, False)
         return Condition({"prompt_embeds": embeds})
 
+    def evaluations_per_prediction(self, guidance_scale: float) -> int:
+        """Return 1 for a distilled UNet, which embeds the guidance scale, else as any policy."""
+        distilled = self.denoiser.config.time_cond_proj_dim is not None
+        return 1 if distilled else super().evaluations_per_prediction(guidance_scale)
+
+    def embed_guidance(self, condition: Condition, guidance_scale: float) -> Condition:
+        """Add ``timestep_cond`` (B, width) for a distilled UNet (Meng et al. 2023; LCM, Luo et al. 2023)."""
+        width = self.denoiser.config.time_cond_proj_dim
+        if width is None:
+            return condition
+        scale = torch.full((len(condition),), guidance_scale - 1)
+        embedding = self.pipe.get_guidance_scale_embedding(scale, width).to(condition.device)
+        return Condition(condition.tensors | {"timestep_cond": embedding})
+
     def evaluate(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the UNet."""
         embeds = condition.tensors["prompt_embeds"].to(self.dtype)
-        return self.called(x.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        guidance = condition.tensors.get("timestep_cond")
+        return self.called(
+            x.to(self.dtype),
+            timestep,
+            encoder_hidden_states=embeds,
+            timestep_cond=None if guidance is None else guidance.to(self.dtype),
+            added_cond_kwargs=self.added(x, condition),
+            return_dict=False,
+        )[0]
+
+    def added(self, x: Tensor, condition: Condition) -> dict[str, Tensor] | None:
+        """Return what the UNet is told beside the prompt's tokens, as its ``added_cond_kwargs``."""
+        return None
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Divide by the VAE's scaling factor."""

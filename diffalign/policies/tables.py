@@ -1,16 +1,51 @@
 """Reading diffusers' schedulers for their tables. A scheduler object is never stepped, and never changed."""
 
 import copy
+import logging
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from diffalign.laws import Schedule, diffusion_schedule, flow_schedule
+
+logger = logging.getLogger(__name__)
+
+LCM_SKIP = 1e-5
+"""Share of the state in x_0, by LCM's boundary condition, from which on it may not be left out."""
+
+
+def check_diffusion(scheduler: Any) -> None:
+    """Say in the log how a diffusion scheduler is read, if not as itself.
+
+    Raises:
+        ValueError: as :func:`as_diffusion`.
+    """
+    read, name = type(as_diffusion(scheduler)).__name__, type(scheduler).__name__
+    if name != read:
+        logger.info("%s is read as %s over the same betas; policies step by DDIM", name, read)
+
+
+def as_diffusion(scheduler: Any) -> Any:
+    """Return a private LCMScheduler for an LCMScheduler, and a private DDIMScheduler for any other, as :func:`as_ddim`.
+
+    Raises:
+        ValueError: what the scheduler does cannot be read from its tables.
+    """
+    from diffusers import LCMScheduler
+
+    if not isinstance(scheduler, LCMScheduler):
+        return as_ddim(scheduler)
+    _refuse(scheduler.config, {"clip_sample": True, "thresholding": True}, "it changes the prediction of x_0")
+    return copy.deepcopy(scheduler)
 
 
 def as_ddim(scheduler: Any) -> Any:
     """Return a private DDIMScheduler over the betas of any diffusion scheduler.
 
     A scheduler of another class (PNDM, DPM-Solver, Euler, ...) is read as ``DDIMScheduler.from_config`` of its config.
-    If that config says nothing about clipping, it does not clip, whatever DDIM's default.
+    If that config says nothing about clipping, it does not clip, whatever DDIM's default. Euler over trailing
+    timesteps, as in SD-Turbo and SDXL-Turbo, ends at x_0 whatever ``set_alpha_to_one`` says, and so does DDIM then.
 
     Raises:
         ValueError: what the scheduler does cannot be read from its tables.
@@ -21,7 +56,10 @@ def as_ddim(scheduler: Any) -> Any:
     if isinstance(scheduler, DDIMScheduler):
         ddim = copy.deepcopy(scheduler)
     elif "beta_schedule" in config and any(c.__name__ == "DDIMScheduler" for c in scheduler.compatibles):
-        ddim = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
+        settings = {"clip_sample": config.get("clip_sample", False)}
+        if name.startswith("Euler") and config.timestep_spacing == "trailing":
+            settings["set_alpha_to_one"] = True
+        ddim = DDIMScheduler.from_config(config, **settings)
     else:
         raise ValueError(
             f"scheduler {name} is not a diffusion scheduler over betas: "
@@ -38,13 +76,18 @@ def read_diffusion(scheduler: Any, num_inference_steps: int) -> Schedule:
     """Return the schedule of a diffusion scheduler at a number of steps.
 
     Raises:
-        ValueError: as :func:`as_ddim`, or the network predicts noise where the table holds no signal.
+        ValueError: as :func:`as_diffusion`, or the network predicts noise where the table holds no signal.
     """
-    ddim = as_ddim(scheduler)
-    ddim.set_timesteps(num_inference_steps)
-    stride = ddim.config.num_train_timesteps // num_inference_steps
-    schedule = diffusion_schedule(ddim.alphas_cumprod, ddim.timesteps, stride, ddim.final_alpha_cumprod)
-    if ddim.config.prediction_type == "epsilon" and (schedule.alpha[:-1] == 0).any():
+    from diffusers import LCMScheduler
+
+    table = as_diffusion(scheduler)
+    table.set_timesteps(num_inference_steps)
+    if isinstance(table, LCMScheduler):
+        schedule = _read_lcm(table)
+    else:
+        stride = table.config.num_train_timesteps // num_inference_steps
+        schedule = diffusion_schedule(table.alphas_cumprod, table.timesteps, stride, table.final_alpha_cumprod)
+    if table.config.prediction_type == "epsilon" and (schedule.alpha[:-1] == 0).any():
         raise ValueError(
             "epsilon prediction has no x_0 at zero terminal SNR (rescale_betas_zero_snr=True): "
             "use a model with v_prediction, or rescale_betas_zero_snr=False"
@@ -52,14 +95,35 @@ def read_diffusion(scheduler: Any, num_inference_steps: int) -> Schedule:
     return schedule
 
 
+def _read_lcm(lcm: Any) -> Schedule:
+    """The chain of an LCMScheduler: each step leads to the next timestep, the last one to x_0 itself."""
+    lowest = int(lcm.timesteps.min())
+    skip, _ = lcm.get_scalings_for_boundary_condition_discrete(lowest)
+    if skip > LCM_SKIP:
+        raise ValueError(
+            f"at timestep {lowest} LCM's boundary condition mixes {skip:.1g} of the state into x_0: take fewer than "
+            f"{len(lcm.timesteps)} steps, or set original_inference_steps={lcm.config.original_inference_steps} lower"
+        )
+    evaluated = lcm.alphas_cumprod.double()[lcm.timesteps]
+    levels = torch.cat([evaluated, torch.ones_like(evaluated[:1])])
+    alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
+    return Schedule("diffusion", lcm.timesteps.double(), alpha, sigma, target_alpha=alpha[1:], target_sigma=sigma[1:])
+
+
 def as_flow_euler(scheduler: Any) -> Any:
-    """Return a private copy of a FlowMatchEulerDiscreteScheduler.
+    """Return a private FlowMatchEulerDiscreteScheduler.
+
+    A multistep solver over flow sigmas (DPM-Solver or UniPC with ``use_flow_sigmas``, as Sana ships) is read as Euler
+    with its shift.
 
     Raises:
         ValueError: the scheduler is of another class, or does what its tables do not tell.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    config = scheduler.config
+    if config.get("use_flow_sigmas") and "flow_shift" in config:
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} is not read: set pipe.scheduler = "
@@ -70,19 +134,23 @@ def as_flow_euler(scheduler: Any) -> Any:
     return copy.deepcopy(scheduler)
 
 
-def read_flow(scheduler: Any, num_inference_steps: int, mu: float | None) -> Schedule:
+def read_flow(
+    scheduler: Any, num_inference_steps: int, mu: float | None, sigmas: Sequence[float] | None = None
+) -> Schedule:
     """Return the schedule of a flow scheduler at a number of steps.
 
     Args:
         scheduler: the pipeline's scheduler.
         num_inference_steps: number of steps.
         mu: the shift that the pipeline computes from the image size where the scheduler shifts dynamically, else None.
+        sigmas: noise levels before the shift, where the pipeline gives them; default the scheduler's own.
 
     Raises:
         ValueError: as :func:`as_flow_euler`.
     """
     euler = as_flow_euler(scheduler)
-    euler.set_timesteps(num_inference_steps, **({} if mu is None else {"mu": mu}))
+    settings = {key: value for key, value in (("mu", mu), ("sigmas", sigmas)) if value is not None}
+    euler.set_timesteps(num_inference_steps, **settings)
     return flow_schedule(euler.sigmas, euler.timesteps)
 
 

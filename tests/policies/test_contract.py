@@ -1,0 +1,345 @@
+"""One contract for every family. `python -m tests.policies.test_contract` prints what was measured as a table."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.laws import DDIM, FlowODE, FlowSDE, Law, Level, Normal, Prediction, Schedule
+from diffalign.noise import normal
+from diffalign.policies import POLICIES, Condition, Policy
+from diffalign.rollout import Plan, Trajectory, differentiable_rollout, log_probs, rollout, transition
+from tests import tiny, tiny_families
+
+PROMPTS = ["a bad dog", "a fine lake"]
+ROWS = [(0, 0), (1, 0)]
+SQUARE, WIDE = (16, 16), (16, 24)
+
+
+class Renoise(Law):
+    """LCM's step: the prediction of x_0 with fresh noise."""
+
+    marginal_preserving = memoryless = False
+
+    def std(self, level: Level, to: Level) -> Tensor:
+        return to.sigma
+
+    def step(self, prediction: Prediction, to: Level) -> Normal:
+        return Normal(to.alpha.to(prediction.x0.dtype).reshape(-1, 1, 1, 1) * prediction.x0, to.sigma)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a contract needs to know of a family beside its pipeline."""
+
+    build: Callable[..., Any]
+    ode: Law
+    sde: Law
+    steps: int = 3
+    guidance: tuple[float, ...] = (3.0, 1.0)
+    call: dict[str, Any] = field(default_factory=dict)
+    bound: float = 5e-6
+    start: float = 1.0  # what the pipeline's initial latents are multiplied by to start from the policy's state
+    plain_lora: bool = True
+
+
+FLOW, DIFFUSION = (FlowODE(), FlowSDE()), (DDIM(0.0), DDIM(1.0))
+# Euler starts from noise times its largest sigma, which is not quite the noise of a diffusion state.
+EULER = 1 / (1 - float(tiny_families.tiny_sd_turbo().scheduler.alphas_cumprod[-1])) ** 0.5
+PIXART = {"use_resolution_binning": False, "clean_caption": False}
+FAMILIES = {
+    "SD 1 / 2": Family(tiny.tiny_sd, *DIFFUSION),
+    "SD-Turbo": Family(tiny_families.tiny_sd_turbo, *DIFFUSION, guidance=(0.0,), start=EULER, bound=2e-5),
+    "LCM": Family(tiny_families.tiny_lcm, Renoise(), Renoise(), guidance=(8.5, 3.0), bound=2e-5),
+    "SDXL": Family(tiny_families.tiny_sdxl, *DIFFUSION),
+    "SDXL-Turbo": Family(tiny_families.tiny_sdxl_turbo, *DIFFUSION, steps=1, guidance=(0.0,), start=EULER, bound=2e-5),
+    "SD 3": Family(tiny.tiny_sd3, *FLOW),
+    "PixArt-alpha": Family(tiny_families.tiny_pixart_alpha, *DIFFUSION, call=PIXART, plain_lora=False),
+    "PixArt-Sigma": Family(tiny_families.tiny_pixart_sigma, *DIFFUSION, call=PIXART, plain_lora=False),
+    "Sana": Family(tiny_families.tiny_sana, *FLOW, call={"use_resolution_binning": False}),
+    "FLUX.1-dev": Family(tiny_families.tiny_flux, *FLOW, guidance=(3.5, 1.0)),
+    "FLUX.1-schnell": Family(tiny_families.tiny_schnell, *FLOW, guidance=(0.0,)),
+}
+
+
+def noise(policy: Policy, size: tuple[int, int]) -> Tensor:
+    return normal(policy.latent_shape(*size), seed=3, purpose="initial", rows=ROWS)
+
+
+@contextmanager
+def addressed_noise() -> Iterator[None]:
+    """LCM's scheduler draws the noise of step 0, 1, ... that a rollout draws."""
+    steps = count()
+
+    def draw(shape: torch.Size, **_: Any) -> Tensor:
+        return normal(shape[1:], seed=3, purpose="step", rows=ROWS[: shape[0]], step=next(steps))
+
+    with patch("diffusers.schedulers.scheduling_lcm.randn_tensor", draw):
+        yield
+
+
+def drawn(pipe: Any, family: Family, guidance: float, size: tuple[int, int] = SQUARE) -> Tensor:
+    """The latents that the pipeline itself draws, unpacked by its own function."""
+    latents = _call(pipe, family, guidance, size, family.steps, "latent")
+    if hasattr(pipe, "_unpack_latents"):
+        latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor).squeeze(2)
+    return latents
+
+
+def pixels(pipe: Any, family: Family) -> Tensor:
+    """The image that the pipeline draws in one step."""
+    return _call(pipe, family, family.guidance[0], SQUARE, 1, "pt")
+
+
+def _call(pipe: Any, family: Family, guidance: float, size: tuple[int, int], steps: int, output_type: str) -> Tensor:
+    height, width = size
+    x = family.start * noise(Policy.wrap(pipe), size)
+    latents = pipe._pack_latents(x, *x.shape) if hasattr(pipe, "_pack_latents") else x
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    with addressed_noise():
+        return pipe(PROMPTS, latents=latents, output_type=output_type, **(settings | family.call)).images
+
+
+@dataclass
+class Run:
+    """A policy with its conditions and its chain."""
+
+    family: Family
+    policy: Policy
+    size: tuple[int, int]
+    condition: Condition
+    schedule: Schedule
+
+    @classmethod
+    def of(cls, family: Family, pipe: Any, size: tuple[int, int] = SQUARE, lora: bool = False) -> "Run":
+        policy = Policy.wrap(pipe)
+        if lora:
+            policy.add_lora(rank=2, alpha=3)
+            random = torch.Generator().manual_seed(0)
+            for parameter in policy.trainable().values():
+                parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=random))
+        return cls(family, policy, size, policy.encode(PROMPTS), policy.schedule(family.steps, *size))
+
+    def arguments(self, guidance: float | None = None) -> dict[str, Any]:
+        scale = self.family.guidance[0] if guidance is None else guidance
+        height, width = self.size
+        return {"rows": ROWS, "seed": 3, "guidance_scale": scale, "height": height, "width": width}
+
+    def rollout(self, law: Law, guidance: float | None = None, **record: Any) -> Trajectory:
+        return rollout(self.policy, self.condition, law, self.schedule, **self.arguments(guidance), **record)
+
+    def graded(self) -> Tensor:
+        """Latents with a graph through every step."""
+        plan = Plan(tuple(range(self.family.steps)))
+        chain = (self.policy, self.condition, self.family.ode, self.schedule)
+        return differentiable_rollout(*chain, plan=plan, checkpoint=False, **self.arguments()).latents
+
+    def reward(self) -> Tensor:
+        """A function of the pixels, with a graph through every step."""
+        images = self.policy.decode(self.graded())
+        return (images - torch.linspace(0, 1, images.shape[-1])).square().sum()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    assert torch.isfinite(expected).all()
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def parity(family: Family, size: tuple[int, int] = SQUARE) -> str:
+    """From the same noise the policy ends at the pipeline's own latents, and decodes them to its pixels."""
+    worst = 0.0
+    for guidance in family.guidance:
+        pipe = family.build()
+        expected = drawn(pipe, family, guidance, size)
+        found = Run.of(family, pipe, size).rollout(family.ode, guidance).latents
+        worst = max(worst, relative(found, expected))
+    assert worst < family.bound, worst
+    return f"{worst:.0e}"
+
+
+def decoding(family: Family) -> str:
+    """The latents of a rollout are decoded to the pipeline's own pixels."""
+    pipe = family.build()
+    run = Run.of(family, pipe)
+    run.schedule = run.policy.schedule(1, *SQUARE)
+    with torch.no_grad():
+        images = run.policy.decode(run.rollout(family.ode).latents)
+    distance = (images - pixels(pipe, family)).abs().max().item()
+    assert images.std() > 1e-3
+    assert distance < 1e-5, distance
+    return f"{distance:.0e}"
+
+
+def non_square(family: Family) -> str:
+    """The same for an image that is wider than high, which also differs from the square's one."""
+    pipe = family.build()
+    assert Policy.wrap(pipe).latent_shape(*WIDE)[1:] == (8, 12)
+    return parity(family, WIDE)
+
+
+def ratio(family: Family) -> str:
+    """Right after sampling the ratio is exactly 1; after the weights moved it is not."""
+    run = Run.of(family, family.build(), lora=True)
+    record = {"record_states": True, "record_transitions": True, "record_log_probs": "sum"}
+    taken = run.rollout(family.sde, **record)
+    if not taken.stochastic.any():
+        # A single step to x_0 is deterministic under any law: measure the ratio over two.
+        run.schedule = run.policy.schedule(2, *run.size)
+        taken = run.rollout(family.sde, **record)
+    chain = {"law": family.sde, "schedule": run.schedule, "guidance_scale": family.guidance[0]}
+    steps = taken.stochastic.nonzero().flatten().tolist()
+    with torch.no_grad():
+        again = log_probs(run.policy, taken, run.condition, reduction="sum", **chain)
+        assert torch.equal(again, taken.log_probs[:, steps])
+        for parameter in run.policy.trainable().values():
+            parameter.mul_(1.5)
+        moved = transition(run.policy, taken, run.condition, step=steps[0], **chain)
+    log_ratio = moved.log_ratio(taken.states[steps[0] + 1], taken.transitions[steps[0]], "mean")
+    assert (log_ratio.exp() - 1).abs().min() > 1e-6
+    return f"exactly 1 ({len(steps)} steps)"
+
+
+def lora_round_trip(family: Family) -> str:
+    """The saved file gives a fresh pipeline the tuned images, bit for bit."""
+    tuned, fresh = Run.of(family, family.build(), lora=True), family.build()
+    mine = pixels(tuned.policy.pipe, family)
+    assert (mine - pixels(fresh, family)).abs().max() > 1e-3
+    with TemporaryDirectory() as folder:
+        file = tuned.policy.save_lora(Path(folder))
+        if family.plain_lora:
+            fresh.load_lora_weights(folder, weight_name=file.name)
+        else:
+            Policy.wrap(fresh).load_lora(file)
+    assert torch.equal(pixels(fresh, family), mine)
+    return "bit-equal" if family.plain_lora else "bit-equal, by Policy.load_lora (diffusers has no loader)"
+
+
+def prompts_cached(family: Family) -> str:
+    """Each distinct prompt passes each text encoder once, and rows are those of a fresh encoding."""
+    policy = Policy.wrap(family.build())
+    calls = {name: 0 for name, part in policy.pipe.components.items() if name.startswith("text_encoder") and part}
+    for name in calls:
+        tick = lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)  # noqa: E731
+        getattr(policy.pipe, name).register_forward_hook(tick)
+    first = policy.encode([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    again = policy.encode(PROMPTS[::-1])
+    assert set(calls.values()) == {2}, calls
+    fresh = Policy.wrap(family.build()).encode(PROMPTS)
+    assert first.tensors.keys() == fresh.tensors.keys()
+    for name, tensor in fresh.tensors.items():
+        assert torch.equal(first.tensors[name], tensor[[0, 1, 0]])
+        assert torch.equal(again.tensors[name], tensor[[1, 0]])
+        assert not tensor.requires_grad
+    assert any((tensor[0] != tensor[1]).any() for tensor in fresh.tensors.values())
+    return f"bit-equal ({len(fresh.tensors)} tensors)"
+
+
+def bf16(family: Family) -> str:
+    """A bf16 pipeline keeps states and adapters in fp32, stays near the fp32 images, and has finite gradients."""
+    run = Run.of(family, family.build(torch.bfloat16), lora=True)
+    assert {p.dtype for p in run.policy.trainable().values()} == {torch.float32}
+    taken = run.rollout(family.ode)
+    assert taken.latents.dtype == torch.float32
+    exact = Run.of(family, family.build(), lora=True).rollout(family.ode).latents
+    distance = ((taken.latents - exact).norm() / exact.norm()).item()
+    assert distance < 0.1, distance
+    gradients = torch.autograd.grad(run.reward(), list(run.policy.trainable().values()))
+    assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
+    return f"{distance:.1%} from fp32"
+
+
+def reward_gradient(family: Family) -> str:
+    """The gradient of the pixels reaches every tensor of the adapter; that of the latents agrees with differences."""
+    run = Run.of(family, family.build(), lora=True)
+    parameters = list(run.policy.trainable().values())
+    assert all(gradient.any() for gradient in torch.autograd.grad(run.reward(), parameters))
+    run = Run.of(family, family.build(torch.float64), lora=True)
+    parameters = list(run.policy.trainable().values())
+    gradients = torch.autograd.grad(run.graded().square().sum(), parameters)
+    length = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    values, step = [], 1e-3
+    with torch.no_grad():
+        for sign in (1, -2):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.add_(gradient, alpha=sign * step / length)
+            values.append(run.rollout(family.ode).latents.square().sum().item())
+    error = abs((values[0] - values[1]) / (2 * step * length) - 1)
+    assert error < 0.01, error
+    return f"{len(gradients)} of {len(gradients)} tensors; differences {error:.0e}"
+
+
+def checkpointing(family: Family) -> str:
+    """Gradient checkpointing stores less and changes no gradient."""
+    run = Run.of(family, family.build(), lora=True)
+    parameters = list(run.policy.trainable().values())
+    stored = {}
+
+    def gradients(enabled: bool) -> list[Tensor]:
+        stored[enabled] = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            stored[enabled] += tensor.nbytes
+            return tensor
+
+        run.policy.set_gradient_checkpointing(enabled)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            reward = run.reward()
+        return list(torch.autograd.grad(reward, parameters))
+
+    plain, saved = gradients(False), gradients(True)
+    worst = max(relative(one, other) for one, other in zip(saved, plain, strict=True))
+    assert worst < 1e-4, worst
+    share = stored[True] / stored[False]
+    assert share < 0.85, share
+    return f"equal to {worst:.0e}, stores {share:.0%}"
+
+
+PROPERTIES: dict[str, Callable[[Family], str]] = {
+    "zero-noise parity": parity,
+    "non-square parity": non_square,
+    "decoding": decoding,
+    "ratio 1": ratio,
+    "LoRA round trip": lora_round_trip,
+    "prompts cached": prompts_cached,
+    "bf16": bf16,
+    "reward gradient": reward_gradient,
+    "checkpointing": checkpointing,
+}
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_keeps_every_promise(family: str, name: str) -> None:
+    assert PROPERTIES[name](FAMILIES[family])
+
+
+def test_no_family_is_left_out() -> None:
+    driven = {type(Policy.wrap(family.build())) for family in FAMILIES.values()}
+    assert driven == {POLICIES.get(name) for name in POLICIES.names()}
+
+
+def table() -> str:
+    """The contract's table in Markdown; a promise that is not kept says why in its cell."""
+    lines = ["| family | " + " | ".join(PROPERTIES) + " |", "| --- " * (len(PROPERTIES) + 1) + "|"]
+    for name, family in FAMILIES.items():
+        cells = []
+        for measure in PROPERTIES.values():
+            try:
+                cells.append(measure(family))
+            except AssertionError as error:
+                cells.append(f"**broken**: {str(error).splitlines()[0] if str(error) else 'see the test'}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
