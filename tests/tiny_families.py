@@ -84,7 +84,8 @@ def tiny_lcm(dtype: torch.dtype = torch.float32) -> Any:
     """A LatentConsistencyModelPipeline, whose UNet reads the guidance scale."""
     pipe = tiny_sd(dtype)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 16})
+    config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+    unet = UNet2DConditionModel(**(config | {"time_cond_proj_dim": 16}))
     parts = {**pipe.components, "unet": unet, "scheduler": LCMScheduler(**BETAS)}
     return finish(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False), dtype)
 
@@ -103,16 +104,10 @@ def tiny_flux(dtype: torch.dtype = torch.float32, *, guidance_embeds: bool = Tru
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 4, 8),
     )
-    scheduler = (
-        FlowMatchEulerDiscreteScheduler(
-            shift=3.0, use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
-        )
-        if guidance_embeds
-        else FlowMatchEulerDiscreteScheduler(shift=1.0)
-    )
+    dev = {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
     pipe = FluxPipeline(
         transformer=transformer,
-        scheduler=scheduler,
+        scheduler=FlowMatchEulerDiscreteScheduler(**(dev if guidance_embeds else {})),
         vae=vae(shift_factor=0.06),
         text_encoder=CLIPTextModel(clip_config()),
         tokenizer=clip_tokenizer(),
@@ -185,12 +180,12 @@ def tiny_sana(dtype: torch.dtype = torch.float32) -> Any:
         latent_channels=4,
         encoder_block_types="ResBlock",
         decoder_block_types="ResBlock",
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
         scaling_factor=0.8,
     )
     pipe = SanaPipeline(

@@ -44,8 +44,7 @@ def as_ddim(scheduler: Any) -> Any:
     """Return a private DDIMScheduler over the betas of any diffusion scheduler.
 
     A scheduler of another class (PNDM, DPM-Solver, Euler, ...) is read as ``DDIMScheduler.from_config`` of its config.
-    If that config says nothing about clipping, it does not clip, whatever DDIM's default. Euler over trailing
-    timesteps, as in SD-Turbo and SDXL-Turbo, ends at x_0 whatever ``set_alpha_to_one`` says, and so does DDIM then.
+    If that config says nothing about clipping, it does not clip, whatever DDIM's default.
 
     Raises:
         ValueError: what the scheduler does cannot be read from its tables.
@@ -56,10 +55,7 @@ def as_ddim(scheduler: Any) -> Any:
     if isinstance(scheduler, DDIMScheduler):
         ddim = copy.deepcopy(scheduler)
     elif "beta_schedule" in config and any(c.__name__ == "DDIMScheduler" for c in scheduler.compatibles):
-        settings = {"clip_sample": config.get("clip_sample", False)}
-        if name.startswith("Euler") and config.timestep_spacing == "trailing":
-            settings["set_alpha_to_one"] = True
-        ddim = DDIMScheduler.from_config(config, **settings)
+        ddim = DDIMScheduler.from_config(config, clip_sample=config.get("clip_sample", False))
     else:
         raise ValueError(
             f"scheduler {name} is not a diffusion scheduler over betas: "
@@ -75,6 +71,9 @@ def as_ddim(scheduler: Any) -> Any:
 def read_diffusion(scheduler: Any, num_inference_steps: int) -> Schedule:
     """Return the schedule of a diffusion scheduler at a number of steps.
 
+    The chains of few-step models, LCM's and those of Euler over trailing timesteps (SD-Turbo, SDXL-Turbo), lead from
+    each timestep to the next and end at x_0. Others have DDIM's stride and end where ``set_alpha_to_one`` says.
+
     Raises:
         ValueError: as :func:`as_diffusion`, or the network predicts noise where the table holds no signal.
     """
@@ -83,7 +82,10 @@ def read_diffusion(scheduler: Any, num_inference_steps: int) -> Schedule:
     table = as_diffusion(scheduler)
     table.set_timesteps(num_inference_steps)
     if isinstance(table, LCMScheduler):
-        schedule = _read_lcm(table)
+        _refuse_boundary(table)
+    euler = type(scheduler).__name__.startswith("Euler") and scheduler.config.timestep_spacing == "trailing"
+    if euler or isinstance(table, LCMScheduler):
+        schedule = _through_timesteps(table.alphas_cumprod, table.timesteps)
     else:
         stride = table.config.num_train_timesteps // num_inference_steps
         schedule = diffusion_schedule(table.alphas_cumprod, table.timesteps, stride, table.final_alpha_cumprod)
@@ -95,8 +97,8 @@ def read_diffusion(scheduler: Any, num_inference_steps: int) -> Schedule:
     return schedule
 
 
-def _read_lcm(lcm: Any) -> Schedule:
-    """The chain of an LCMScheduler: each step leads to the next timestep, the last one to x_0 itself."""
+def _refuse_boundary(lcm: Any) -> None:
+    """Refuse timesteps at which LCM's boundary condition changes x_0."""
     lowest = int(lcm.timesteps.min())
     skip, _ = lcm.get_scalings_for_boundary_condition_discrete(lowest)
     if skip > LCM_SKIP:
@@ -104,10 +106,14 @@ def _read_lcm(lcm: Any) -> Schedule:
             f"at timestep {lowest} LCM's boundary condition mixes {skip:.1g} of the state into x_0: take fewer than "
             f"{len(lcm.timesteps)} steps, or set original_inference_steps={lcm.config.original_inference_steps} lower"
         )
-    evaluated = lcm.alphas_cumprod.double()[lcm.timesteps]
+
+
+def _through_timesteps(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Schedule:
+    """A chain whose steps lead to the next timestep, and the last one to x_0 itself."""
+    evaluated = alphas_cumprod.double()[timesteps]
     levels = torch.cat([evaluated, torch.ones_like(evaluated[:1])])
     alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
-    return Schedule("diffusion", lcm.timesteps.double(), alpha, sigma, target_alpha=alpha[1:], target_sigma=sigma[1:])
+    return Schedule("diffusion", timesteps.double(), alpha, sigma, target_alpha=alpha[1:], target_sigma=sigma[1:])
 
 
 def as_flow_euler(scheduler: Any) -> Any:
