@@ -103,8 +103,8 @@ def _refuse_boundary(lcm: Any) -> None:
     skip, _ = lcm.get_scalings_for_boundary_condition_discrete(lowest)
     if skip > LCM_SKIP:
         raise ValueError(
-            f"at timestep {lowest} LCM's boundary condition mixes {skip:.1g} of the state into x_0: take fewer than "
-            f"{len(lcm.timesteps)} steps, or set original_inference_steps={lcm.config.original_inference_steps} lower"
+            f"at timestep {lowest} LCM's boundary condition (timestep_scaling={lcm.config.timestep_scaling}) mixes "
+            f"{skip:.1g} of the state into x_0: take fewer than {len(lcm.timesteps)} steps"
         )
 
 
