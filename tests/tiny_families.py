@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -16,6 +17,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     StableDiffusionXLPipeline,
@@ -26,6 +29,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -193,6 +198,49 @@ def tiny_sana(dtype: torch.dtype = torch.float32) -> Any:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=decoder,
         text_encoder=Gemma2Model(encoder),
+        tokenizer=t5_tokenizer(),
+    )
+    return finish(pipe, dtype)
+
+
+def tiny_qwen(dtype: torch.dtype = torch.float32) -> Any:
+    """A QwenImagePipeline, with another model's tokenizer."""
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 4, 8),
+    )
+    decoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.0, 0.8, 1.2, 0.9],
+    )
+    layers = {"intermediate_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    encoder = Qwen2_5_VLConfig(
+        text_config=layers | {"num_key_value_heads": 1, "vocab_size": 40, "rope_parameters": rope},
+        vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 8},
+        image_token_id=39,
+        video_token_id=38,
+        vision_start_token_id=37,
+        vision_end_token_id=36,
+    )
+    pipe = QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64, shift_terminal=0.1
+        ),
+        vae=decoder,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder),
         tokenizer=t5_tokenizer(),
     )
     return finish(pipe, dtype)

@@ -4,6 +4,7 @@ from diffalign._compat import ensure_torchvision
 from diffalign.policies import flux as flux
 from diffalign.policies import lcm as lcm
 from diffalign.policies import pixart as pixart
+from diffalign.policies import qwen as qwen
 from diffalign.policies import sana as sana
 from diffalign.policies import sd as sd
 from diffalign.policies import sd3 as sd3

@@ -280,8 +280,12 @@ class Policy(LoraAdapter, ABC):
             with torch.no_grad():
                 unconditional = at_least_fp32(self.evaluate(x, timestep, negative))
             conditional = at_least_fp32(self.evaluate(x, timestep, condition))
-        output = unconditional + guidance_scale * (conditional - unconditional)
+        output = self.combine(unconditional, conditional, guidance_scale)
         return Prediction(output, x, level, self.prediction_kind())
+
+    def combine(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+        """Combine the branches of classifier-free guidance, each (B, C, h, w) in fp32 at least."""
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     def decode(self, latents: Tensor, micro_batch_size: int | None = None) -> Tensor:
         """Decode latents to pixels, (B, C, h, w) -> (B, 3, H, W) in [0, 1], fp32.
@@ -292,12 +296,13 @@ class Policy(LoraAdapter, ABC):
             latents: final states.
             micro_batch_size: images decoded at once; it bounds memory and changes nothing else.
         """
-        vae = self.pipe.vae
-        images = [
-            at_least_fp32(vae.decode(self.unscale(chunk).to(vae.dtype), return_dict=False)[0])
-            for chunk in latents.split(micro_batch_size or len(latents))
-        ]
+        chunks = latents.split(micro_batch_size or len(latents))
+        images = [at_least_fp32(self.decoder_output(self.unscale(chunk).to(self.pipe.vae.dtype))) for chunk in chunks]
         return straight_through_clamp(torch.cat(images) * 0.5 + 0.5)
+
+    def decoder_output(self, latents: Tensor) -> Tensor:
+        """Run the decoder on what it reads, (B, C, h, w) -> (B, 3, H, W) in about [-1, 1]."""
+        return self.pipe.vae.decode(latents, return_dict=False)[0]
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the blocks of denoiser and decoder in the backward pass instead of storing their activations.

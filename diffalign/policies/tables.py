@@ -152,9 +152,14 @@ def read_flow(
         sigmas: noise levels before the shift, where the pipeline gives them; default the scheduler's own.
 
     Raises:
-        ValueError: as :func:`as_flow_euler`.
+        ValueError: as :func:`as_flow_euler`, or the scheduler's tables are not defined for one step.
     """
     euler = as_flow_euler(scheduler)
+    if num_inference_steps == 1 and euler.config.shift_terminal:
+        raise ValueError(
+            f"one step cannot end its sigmas at shift_terminal={euler.config.shift_terminal} and begin them at 1: "
+            "use 2 steps or more"
+        )
     settings = {key: value for key, value in (("mu", mu), ("sigmas", sigmas)) if value is not None}
     euler.set_timesteps(num_inference_steps, **settings)
     return flow_schedule(euler.sigmas, euler.timesteps)
