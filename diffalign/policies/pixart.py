@@ -29,10 +29,13 @@ class PixArtAlpha(Policy):
 
     max_sequence_length = 120  # of T5, the pipeline's default
 
+    def __init__(self, pipe: Any) -> None:
+        pipe.transformer.__class__ = with_adapters(type(pipe.transformer))
+        super().__init__(pipe)
+
     def check(self) -> None:
         """Refuse schedulers without tables."""
         check_diffusion(self.pipe.scheduler)
-        self.denoiser.__class__ = with_adapters(type(self.denoiser))
 
     @property
     def lora_files(self) -> Any:

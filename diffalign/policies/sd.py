@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x."""
+"""Stable Diffusion 1.x and 2.x, and SD-Turbo."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from diffalign.policies.tables import check_diffusion, read_diffusion
 class StableDiffusion(Policy):
     """``StableDiffusionPipeline``: a UNet over DDIM's tables, predicting epsilon, v or the sample.
 
-    Departures from the pipeline: no guidance rescale, no safety checker, guidance combined in fp32.
+    A distilled UNet, which embeds the guidance scale, is told it and evaluated once.
+
+    Departures from the pipeline: no guidance rescale, no safety checker, guidance combined in fp32. Other schedulers
+    are read as DDIM over their betas. For the few steps of SD-Turbo that is Euler's own chain, but for its start: Euler
+    begins with the noise times the first sigma (0.998 for these betas), a policy with the noise itself.
     """
 
     pipeline_class = "StableDiffusionPipeline"
@@ -54,9 +58,9 @@ class StableDiffusion(Policy):
         width = self.denoiser.config.time_cond_proj_dim
         if width is None:
             return condition
-        scale = torch.full((len(condition),), guidance_scale - 1)
-        embedding = self.pipe.get_guidance_scale_embedding(scale, width).to(condition.device)
-        return Condition(condition.tensors | {"timestep_cond": embedding})
+        embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([guidance_scale - 1.0]), width)
+        rows = embedding.to(condition.device).expand(len(condition), -1)
+        return Condition(condition.tensors | {"timestep_cond": rows})
 
     def evaluate(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the UNet."""
