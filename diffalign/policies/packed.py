@@ -39,7 +39,7 @@ class PackedFlow(Policy):
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         _, h, w = self.latent_shape(height, width)
-        config = self.pipe.scheduler.config
+        config = as_flow_euler(self.pipe.scheduler).config
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         mu = calculate_shift(h * w // 4, *(config[key] for key in keys))
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)

@@ -15,7 +15,8 @@ class StableDiffusionXL(StableDiffusion):
     """``StableDiffusionXLPipeline``: a UNet that is also told the pooled prompt, the image's size and its crop.
 
     Size and target size are those of the image drawn, and nothing is cropped: the pipeline's defaults. The base model
-    guides away from zeros instead of the empty prompt, where the pipeline's config says so.
+    guides away from zeros instead of the empty prompt, where the pipeline's config says so. The ancestral Euler of
+    SDXL-Turbo is ``DDIM(eta=1)``.
 
     Departures from the pipeline: no refiner, no watermark, no guidance rescale, guidance combined in fp32.
     """

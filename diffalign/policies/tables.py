@@ -128,7 +128,7 @@ def as_flow_euler(scheduler: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     config = scheduler.config
-    if config.get("use_flow_sigmas") and "flow_shift" in config:
+    if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps, shift=config.flow_shift)
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 PROMPTS = ["a bad dog", "a fine lake"]
 ROWS = [(0, 0), (1, 0)]
+STEPS = 3
 
 
 class Renoise(Law):
@@ -43,9 +44,8 @@ class Family:
     """What a contract needs to know of a family beside its pipeline."""
 
     build: Callable[..., Any]
-    ode: Law
+    own: Law  # the pipeline's
     sde: Law
-    steps: int = 3
     guidance: tuple[float, ...] = (3.0, 1.0)
     call: dict[str, Any] = field(default_factory=dict)
     guidance_name: str = "guidance_scale"
@@ -69,7 +69,7 @@ FAMILIES = {
     "SD-Turbo": Family(tiny_families.tiny_sd_turbo, *DIFFUSION, guidance=(0.0,), start=EULER, bound=2e-5),
     "LCM": Family(tiny_families.tiny_lcm, Renoise(), Renoise(), guidance=(8.5, 3.0), bound=2e-5),
     "SDXL": Family(tiny_families.tiny_sdxl, *DIFFUSION),
-    "SDXL-Turbo": Family(tiny_families.tiny_sdxl_turbo, *DIFFUSION, steps=1, guidance=(0.0,), start=EULER, bound=2e-5),
+    "SDXL-Turbo": Family(tiny_families.tiny_sdxl_turbo, *[DDIM(1.0)] * 2, guidance=(0.0,), start=EULER, bound=2e-5),
     "SD 3": Family(tiny.tiny_sd3, *FLOW, idle=("blocks.1.attn.add_q_proj",)),
     "PixArt-alpha": Family(tiny_families.tiny_pixart_alpha, *DIFFUSION, call=PIXART, plain_lora=False),
     "PixArt-Sigma": Family(tiny_families.tiny_pixart_sigma, *DIFFUSION, call=PIXART, plain_lora=False),
@@ -86,27 +86,31 @@ def noise(policy: Policy, size: tuple[int, int]) -> Tensor:
 
 @contextmanager
 def addressed_noise() -> Iterator[None]:
-    """LCM's scheduler draws the noise of step 0, 1, ... that a rollout draws."""
+    """Schedulers that add noise draw that of step 0, 1, ... of a rollout."""
     steps = count()
 
     def draw(shape: torch.Size, **_: Any) -> Tensor:
         return normal(shape[1:], seed=3, purpose="step", rows=ROWS[: shape[0]], step=next(steps))
 
-    with patch("diffusers.schedulers.scheduling_lcm.randn_tensor", draw):
+    schedulers = "diffusers.schedulers.scheduling_"
+    with (
+        patch(f"{schedulers}lcm.randn_tensor", draw),
+        patch(f"{schedulers}euler_ancestral_discrete.randn_tensor", draw),
+    ):
         yield
 
 
 def drawn(pipe: Any, family: Family, guidance: float, size: tuple[int, int]) -> Tensor:
     """The latents that the pipeline itself draws, unpacked by its own function."""
-    latents = _call(pipe, family, guidance, size, family.steps, "latent")
+    latents = _call(pipe, family, guidance, size, STEPS, "latent")
     if hasattr(pipe, "_unpack_latents"):
         latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor).squeeze(2)
     return latents
 
 
 def pixels(pipe: Any, family: Family) -> Tensor:
-    """The image that the pipeline draws in at most two steps."""
-    return _call(pipe, family, family.guidance[0], family.square, min(family.steps, 2), "pt")
+    """The image that the pipeline draws in two steps."""
+    return _call(pipe, family, family.guidance[0], family.square, 2, "pt")
 
 
 def _call(pipe: Any, family: Family, guidance: float, size: tuple[int, int], steps: int, output_type: str) -> Tensor:
@@ -137,13 +141,13 @@ class Run:
             random = torch.Generator().manual_seed(0)
             for parameter in policy.trainable().values():
                 parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=random))
-        return cls(family, policy, size, policy.encode(PROMPTS), policy.schedule(family.steps, *size))
+        return cls(family, policy, size, policy.encode(PROMPTS), policy.schedule(STEPS, *size))
 
     @classmethod
     def short(cls, family: Family, pipe: Any) -> "Run":
-        """With an adapter, and at most two steps: enough for gradients."""
+        """With an adapter, and two steps: enough for gradients."""
         run = cls.of(family, pipe, lora=True)
-        run.schedule = run.policy.schedule(min(family.steps, 2), *family.square)
+        run.schedule = run.policy.schedule(2, *family.square)
         return run
 
     def arguments(self, guidance: float | None = None) -> dict[str, Any]:
@@ -157,7 +161,7 @@ class Run:
     def graded(self) -> Tensor:
         """Latents with a graph through every step."""
         plan = Plan(tuple(range(len(self.schedule))))
-        chain = (self.policy, self.condition, self.family.ode, self.schedule)
+        chain = (self.policy, self.condition, self.family.own, self.schedule)
         return differentiable_rollout(*chain, plan=plan, checkpoint=False, **self.arguments()).latents
 
     def reward(self) -> Tensor:
@@ -192,7 +196,7 @@ def _parity(family: Family, size: tuple[int, int]) -> str:
     for guidance in family.guidance:
         pipe = family.build()
         expected = drawn(pipe, family, guidance, size)
-        found = Run.of(family, pipe, size).rollout(family.ode, guidance).latents
+        found = Run.of(family, pipe, size).rollout(family.own, guidance).latents
         worst = max(worst, relative(found, expected))
     assert worst < family.bound, worst
     return f"{worst:.0e}"
@@ -202,9 +206,9 @@ def decoding(family: Family) -> str:
     """The latents of a rollout are decoded to the pipeline's own pixels."""
     pipe = family.build()
     run = Run.of(family, pipe)
-    run.schedule = run.policy.schedule(min(family.steps, 2), *family.square)
+    run.schedule = run.policy.schedule(2, *family.square)
     with torch.no_grad():
-        images = run.policy.decode(run.rollout(family.ode).latents)
+        images = run.policy.decode(run.rollout(family.own).latents)
     distance = (images - pixels(pipe, family)).abs().max().item()
     assert images.std() > 1e-3
     assert distance < 1e-5, distance
@@ -216,10 +220,6 @@ def ratio(family: Family) -> str:
     run = Run.of(family, family.build(), lora=True)
     record = {"record_states": True, "record_transitions": True, "record_log_probs": "sum"}
     taken = run.rollout(family.sde, **record)
-    if not taken.stochastic.any():
-        # A single step to x_0 is deterministic under any law: measure the ratio over two.
-        run.schedule = run.policy.schedule(2, *run.size)
-        taken = run.rollout(family.sde, **record)
     chain = {"law": family.sde, "schedule": run.schedule, "guidance_scale": family.guidance[0]}
     steps = taken.stochastic.nonzero().flatten().tolist()
     with torch.no_grad():
@@ -272,9 +272,9 @@ def bf16(family: Family) -> str:
     """A bf16 pipeline keeps states and adapters in fp32, stays near the fp32 images, and has finite gradients."""
     run = Run.short(family, family.build(torch.bfloat16))
     assert {p.dtype for p in run.policy.trainable().values()} == {torch.float32}
-    taken = run.rollout(family.ode)
+    taken = run.rollout(family.own)
     assert taken.latents.dtype == torch.float32
-    exact = Run.short(family, family.build()).rollout(family.ode).latents
+    exact = Run.short(family, family.build()).rollout(family.own).latents
     distance = ((taken.latents - exact).norm() / exact.norm()).item()
     assert distance < 0.1, distance
     gradients = differentiate(run.reward(), list(run.policy.trainable().values()))
@@ -298,7 +298,7 @@ def reward_gradient(family: Family) -> str:
         for sign in (1, -2):
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.add_(gradient, alpha=sign * step / length)
-            values.append(run.rollout(family.ode).latents.square().sum().item())
+            values.append(run.rollout(family.own).latents.square().sum().item())
     error = abs((values[0] - values[1]) / (2 * step * length) - 1)
     assert error < 0.01, error
     return f"{sum(bool(g.any()) for g in reached)} of {len(reached)} tensors; differences {error:.0e}"
