@@ -52,16 +52,16 @@ def tiny_sd(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: Any)
         "steps_offset": 1,
     }
     pipe = StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=CLIPTextModel(_clip()),
-        tokenizer=_clip_tokenizer(),
+        vae=vae(),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(),
         unet=unet,
         scheduler=DDIMScheduler(**(settings | scheduler)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _finish(pipe, dtype)
+    return finish(pipe, dtype)
 
 
 def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: Any) -> StableDiffusion3Pipeline:
@@ -86,18 +86,18 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: Any
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
-        vae=_vae(shift_factor=0.06),
-        text_encoder=CLIPTextModelWithProjection(_clip()),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(_clip()),
-        tokenizer_2=_clip_tokenizer(),
+        vae=vae(shift_factor=0.06),
+        text_encoder=CLIPTextModelWithProjection(clip_config()),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+        tokenizer_2=clip_tokenizer(),
         text_encoder_3=encoder_3,
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
     )
-    return _finish(pipe, dtype)
+    return finish(pipe, dtype)
 
 
-def _vae(**settings: Any) -> AutoencoderKL:
+def vae(**settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -110,7 +110,7 @@ def _vae(**settings: Any) -> AutoencoderKL:
     )
 
 
-def _clip() -> CLIPTextConfig:
+def clip_config() -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=40,
         hidden_size=16,
@@ -125,20 +125,20 @@ def _clip() -> CLIPTextConfig:
     )
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     letters = "abcdefghijklmnopqr"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "!", "?", "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqr"]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
 
 
-def _finish(pipe: Any, dtype: torch.dtype) -> Any:
+def finish(pipe: Any, dtype: torch.dtype) -> Any:
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()  # as `from_pretrained` leaves it; T5 has dropout

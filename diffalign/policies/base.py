@@ -41,6 +41,9 @@ class Policy(LoraAdapter, ABC):
     denoiser_name: ClassVar[str]
     """The pipeline's component that predicts; also the prefix of its LoRA keys."""
 
+    max_sequence_length: int | None = None
+    """Tokens of the long text encoder, at first the pipeline's default; None where the pipeline takes no number."""
+
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.dtype: torch.dtype = self.denoiser.dtype
@@ -117,6 +120,17 @@ class Policy(LoraAdapter, ABC):
     def encode_one(self, prompt: str) -> Condition:
         """Encode one prompt as the pipeline does, (1, ...)."""
 
+    def encode_unconditional(self) -> Condition:
+        """Encode what the pipeline guides away from by default, (1, ...): the empty prompt."""
+        return self.encode([""])
+
+    def embed_guidance(self, condition: Condition, guidance_scale: float) -> Condition:
+        """Return the condition of an evaluation without classifier-free guidance.
+
+        Families with a distilled denoiser, which reads the guidance scale, add it here.
+        """
+        return condition
+
     @abstractmethod
     def evaluate(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the denoiser once, without guidance: (B, C, h, w), (B,) -> (B, C, h, w) in the denoiser's type."""
@@ -163,8 +177,19 @@ class Policy(LoraAdapter, ABC):
         return Condition.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
 
     def set_max_sequence_length(self, tokens: int) -> None:
-        """Set the tokens of a long text encoder, for families whose pipeline takes ``max_sequence_length``."""
-        raise ValueError(f"{self.pipeline_class} takes no max_sequence_length, and {tokens} was asked: leave it out")
+        """Give the long text encoder this many tokens, as ``pipe(..., max_sequence_length=tokens)``; fewer are faster.
+
+        Raises:
+            ValueError: the pipeline takes no such argument, or not this many.
+        """
+        if self.max_sequence_length is None:
+            raise ValueError(
+                f"{self.pipeline_class} takes no max_sequence_length, and {tokens} was asked: leave it out"
+            )
+        if not 1 <= tokens <= 512:
+            raise ValueError(f"max_sequence_length = {tokens} is not what the pipeline takes: use 1 to 512")
+        self.max_sequence_length = tokens
+        self.forget_prompts()
 
     def forget_prompts(self) -> None:
         """Empty the cache of encoded prompts, after anything that they depend on has changed."""
@@ -172,10 +197,26 @@ class Policy(LoraAdapter, ABC):
         self._unconditional = None
 
     def unconditional(self, batch_size: int) -> Condition:
-        """Return the condition of the pipeline's default negative prompt, the empty one, for a batch."""
+        """Return the condition of the pipeline's default negative prompt for a batch."""
         if self._unconditional is None or self._unconditional.device != self.device:
-            self._unconditional = self.encode([""])
+            with torch.no_grad():
+                self._unconditional = self.encode_unconditional().to(self.device)
         return self._unconditional.expand(batch_size)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the state."""
+        return self.denoiser.config.in_channels
+
+    @property
+    def patch_size(self) -> int:
+        """Side of one of the denoiser's tokens, in elements of the latent."""
+        return getattr(self.denoiser.config, "patch_size", 1)
+
+    @property
+    def sample_size(self) -> int | Sequence[int]:
+        """The latent's side, or sides, where no image size is asked for."""
+        return self.denoiser.config.sample_size
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """Return (C, h, w) of the latent of an image; sizes in pixels, default as the pipeline's.
@@ -183,19 +224,19 @@ class Policy(LoraAdapter, ABC):
         Raises:
             ValueError: a side is not a multiple of what the model can draw.
         """
-        size = self.denoiser.config.sample_size
+        size = self.sample_size
         default = (size, size) if isinstance(size, int) else tuple(size)
         factor = self.pipe.vae_scale_factor
-        multiple = factor * getattr(self.denoiser.config, "patch_size", 1)
+        multiple = factor * self.patch_size
         sides = [given or side * factor for given, side in zip((height, width), default, strict=True)]
         for side in sides:
             if side % multiple:
                 near = max(multiple, round(side / multiple) * multiple)
                 raise ValueError(f"image side {side} is not a multiple of {multiple}: use {near}")
-        return self.denoiser.config.in_channels, sides[0] // factor, sides[1] // factor
+        return self.latent_channels, sides[0] // factor, sides[1] // factor
 
     def initial_latents(self, noise: Tensor) -> Tensor:
-        """Turn standard normal noise into the first state; both first families start from the noise itself."""
+        """Turn standard normal noise into the first state, which for most families is the noise itself."""
         return noise
 
     def evaluations_per_prediction(self, guidance_scale: float) -> int:
@@ -229,7 +270,8 @@ class Policy(LoraAdapter, ABC):
             raise ValueError(f"guidance {guidance!r} is unknown: use one of {get_args(Guidance)}")
         timestep = level.timestep.float()
         if self.evaluations_per_prediction(guidance_scale) == 1:
-            return Prediction(self.evaluate(x, timestep, condition), x, level, self.prediction_kind())
+            told = self.embed_guidance(condition, guidance_scale)
+            return Prediction(self.evaluate(x, timestep, told), x, level, self.prediction_kind())
         negative = self.unconditional(len(x))
         if guidance == "pipeline":
             both = self.evaluate(torch.cat([x, x]), timestep.repeat(2), Condition.cat([negative, condition]))
@@ -238,8 +280,12 @@ class Policy(LoraAdapter, ABC):
             with torch.no_grad():
                 unconditional = at_least_fp32(self.evaluate(x, timestep, negative))
             conditional = at_least_fp32(self.evaluate(x, timestep, condition))
-        output = unconditional + guidance_scale * (conditional - unconditional)
+        output = self.combine(unconditional, conditional, guidance_scale)
         return Prediction(output, x, level, self.prediction_kind())
+
+    def combine(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
+        """Combine the branches of classifier-free guidance, each (B, C, h, w) in fp32 at least."""
+        return unconditional + guidance_scale * (conditional - unconditional)
 
     def decode(self, latents: Tensor, micro_batch_size: int | None = None) -> Tensor:
         """Decode latents to pixels, (B, C, h, w) -> (B, 3, H, W) in [0, 1], fp32.
@@ -250,20 +296,24 @@ class Policy(LoraAdapter, ABC):
             latents: final states.
             micro_batch_size: images decoded at once; it bounds memory and changes nothing else.
         """
-        vae = self.pipe.vae
-        images = [
-            at_least_fp32(vae.decode(self.unscale(chunk).to(vae.dtype), return_dict=False)[0])
-            for chunk in latents.split(micro_batch_size or len(latents))
-        ]
+        chunks = latents.split(micro_batch_size or len(latents))
+        images = [at_least_fp32(self.decoder_output(self.unscale(chunk).to(self.pipe.vae.dtype))) for chunk in chunks]
         return straight_through_clamp(torch.cat(images) * 0.5 + 0.5)
+
+    def decoder_output(self, latents: Tensor) -> Tensor:
+        """Run the decoder on what it reads, (B, C, h, w) -> (B, 3, H, W) in about [-1, 1]."""
+        return self.pipe.vae.decode(latents, return_dict=False)[0]
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute the blocks of denoiser and decoder in the backward pass instead of storing their activations.
 
-        It is on in evaluation mode as well: diffusers asks only whether gradients are enabled.
+        It is on in evaluation mode as well: diffusers asks only whether gradients are enabled. A decoder that diffusers
+        cannot checkpoint stores its activations; a line in the log says so.
         """
         for module in (self.denoiser, self.pipe.vae):
-            if enabled:
+            if enabled and not module._supports_gradient_checkpointing:
+                logger.warning("%s has no gradient checkpointing: decode fewer images at once", type(module).__name__)
+            elif enabled:
                 module.enable_gradient_checkpointing()
             else:
                 module.disable_gradient_checkpointing()

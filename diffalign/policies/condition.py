@@ -39,6 +39,17 @@ class Condition:
 
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
-        """Join the rows of conditions of one family."""
+        """Join the rows of conditions of one family.
+
+        Prompts of fewer tokens get zeros at their end, in embeddings and mask alike, as a pipeline pads a batch.
+        """
         names = conditions[0].tensors
-        return Condition({name: torch.cat([c.tensors[name] for c in conditions]) for name in names})
+        return Condition({name: torch.cat(_pad([c.tensors[name] for c in conditions])) for name in names})
+
+
+def _pad(tensors: list[Tensor]) -> list[Tensor]:
+    """Pad (B, tokens, ...) tensors to the most tokens; those of one shape are returned as they are."""
+    if len({tensor.shape[1:] for tensor in tensors}) == 1:
+        return tensors
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return [torch.cat([t, t.new_zeros(len(t), longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]

@@ -18,6 +18,18 @@ from diffalign.noise import normal
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
+JOINT_ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
+"""Attention projections of the transformers that join image and text, as diffusers names them."""
+
 
 class LoraAdapter:
     """The adapter of a policy's denoiser. There is at most one, whatever its name in the pipeline."""
@@ -35,6 +47,11 @@ class LoraAdapter:
     def state_dtype(self) -> torch.dtype:
         """Type of the adapter's weights."""
         raise NotImplementedError
+
+    @property
+    def lora_files(self) -> Any:
+        """What reads and writes LoRA files in diffusers' format: the pipeline itself, where it has a loader."""
+        return self.pipe
 
     @property
     def adapter_name(self) -> str | None:
@@ -145,7 +162,7 @@ class LoraAdapter:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".lora-") as scratch:
             prefix = self.denoiser_name
             layers = {f"{prefix}_lora_layers": state, f"{prefix}_lora_adapter_metadata": metadata}
-            self.pipe.save_lora_weights(scratch, safe_serialization=True, **layers)
+            self.lora_files.save_lora_weights(scratch, safe_serialization=True, **layers)
             written = load_file(Path(scratch) / WEIGHTS)
             _compare({f"{prefix}.{name}": tensor for name, tensor in state.items()}, written, target)
             os.replace(Path(scratch) / WEIGHTS, target)
@@ -207,7 +224,7 @@ class LoraAdapter:
 
         Refuses a file with no tensor for the denoiser, or with tensors for another component.
         """
-        state, *alphas, metadata = self.pipe.lora_state_dict(
+        state, *alphas, metadata = self.lora_files.lora_state_dict(
             str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
         )
         mine = [key for key in state if key.startswith(f"{self.denoiser_name}.")]

@@ -1,18 +1,23 @@
-"""Stable Diffusion 1.x and 2.x."""
+"""Stable Diffusion 1.x and 2.x, and SD-Turbo."""
 
+import torch
 from torch import Tensor
 
 from diffalign.laws import PredictionKind, Schedule
-from diffalign.policies.base import POLICIES, Policy, logger
+from diffalign.policies.base import POLICIES, Policy
 from diffalign.policies.condition import Condition
-from diffalign.policies.tables import as_ddim, read_diffusion
+from diffalign.policies.tables import check_diffusion, read_diffusion
 
 
 @POLICIES.register("sd")
 class StableDiffusion(Policy):
     """``StableDiffusionPipeline``: a UNet over DDIM's tables, predicting epsilon, v or the sample.
 
-    Departures from the pipeline: no guidance rescale, no safety checker, guidance combined in fp32.
+    A distilled UNet, which embeds the guidance scale, is told it and evaluated once.
+
+    Departures from the pipeline: no guidance rescale, no safety checker, guidance combined in fp32. Other schedulers
+    are read as DDIM over their betas. For the few steps of SD-Turbo that is Euler's own chain, but for its start: Euler
+    begins with the noise times the first sigma (0.998 for these betas), a policy with the noise itself.
     """
 
     pipeline_class = "StableDiffusionPipeline"
@@ -22,20 +27,13 @@ class StableDiffusion(Policy):
     def check(self) -> None:
         """Refuse UNets that need more than a latent and a prompt, and schedulers without tables."""
         config = self.denoiser.config
-        if config.time_cond_proj_dim is not None:
-            raise ValueError(
-                "this UNet embeds the guidance scale (distilled, as LCM): use the model it was distilled from"
-            )
         channels = self.pipe.vae.config.latent_channels
         if config.in_channels != channels:
             raise ValueError(
                 f"this UNet reads {config.in_channels} channels and latents have {channels} (inpainting or image "
                 "variation): use a text-to-image checkpoint"
             )
-        as_ddim(self.pipe.scheduler)
-        name = type(self.pipe.scheduler).__name__
-        if name != "DDIMScheduler":
-            logger.info("%s is read as DDIMScheduler over the same betas; policies step by DDIM", name)
+        check_diffusion(self.pipe.scheduler)
 
     def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
         """Return the DDIM levels; they do not depend on the image size."""
@@ -50,10 +48,36 @@ class StableDiffusion(Policy):
         embeds, _ = self.pipe.encode_prompt([prompt], self.device, 1, False)
         return Condition({"prompt_embeds": embeds})
 
+    def evaluations_per_prediction(self, guidance_scale: float) -> int:
+        """Return 1 for a distilled UNet, which embeds the guidance scale, else as any policy."""
+        distilled = self.denoiser.config.time_cond_proj_dim is not None
+        return 1 if distilled else super().evaluations_per_prediction(guidance_scale)
+
+    def embed_guidance(self, condition: Condition, guidance_scale: float) -> Condition:
+        """Add ``timestep_cond`` (B, width) for a distilled UNet (Meng et al. 2023; LCM, Luo et al. 2023)."""
+        width = self.denoiser.config.time_cond_proj_dim
+        if width is None:
+            return condition
+        embedding = self.pipe.get_guidance_scale_embedding(torch.tensor([guidance_scale - 1.0]), width)
+        rows = embedding.to(condition.device).expand(len(condition), -1)
+        return Condition(condition.tensors | {"timestep_cond": rows})
+
     def evaluate(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Evaluate the UNet."""
         embeds = condition.tensors["prompt_embeds"].to(self.dtype)
-        return self.called(x.to(self.dtype), timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+        guidance = condition.tensors.get("timestep_cond")
+        return self.called(
+            x.to(self.dtype),
+            timestep,
+            encoder_hidden_states=embeds,
+            timestep_cond=None if guidance is None else guidance.to(self.dtype),
+            added_cond_kwargs=self.added(x, condition),
+            return_dict=False,
+        )[0]
+
+    def added(self, x: Tensor, condition: Condition) -> dict[str, Tensor] | None:
+        """Return what the UNet is told beside the prompt's tokens, as its ``added_cond_kwargs``."""
+        return None
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Divide by the VAE's scaling factor."""

@@ -5,6 +5,7 @@ from torch import Tensor
 from diffalign.laws import PredictionKind, Schedule
 from diffalign.policies.base import POLICIES, Policy
 from diffalign.policies.condition import Condition
+from diffalign.policies.lora import JOINT_ATTENTION
 from diffalign.policies.tables import as_flow_euler, read_flow
 
 
@@ -17,29 +18,13 @@ class StableDiffusion3(Policy):
 
     pipeline_class = "StableDiffusion3Pipeline"
     denoiser_name = "transformer"
-    attention_modules = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    attention_modules = JOINT_ATTENTION
 
     max_sequence_length = 256  # of T5, the pipeline's default
 
     def check(self) -> None:
         """Refuse schedulers that cannot be read."""
         as_flow_euler(self.pipe.scheduler)
-
-    def set_max_sequence_length(self, tokens: int) -> None:
-        """Give T5 this many tokens, as ``pipe(..., max_sequence_length=tokens)``; fewer are faster."""
-        if not 1 <= tokens <= 512:
-            raise ValueError(f"max_sequence_length = {tokens} is not what the pipeline takes: use 1 to 512")
-        self.max_sequence_length = tokens
-        self.forget_prompts()
 
     def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
         """Return the shifted sigmas; under dynamic shifting they depend on the image size, as in the pipeline."""
