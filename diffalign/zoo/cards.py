@@ -14,7 +14,8 @@ AutoencoderKL, 64x64x3 pixels to 16x16x4 latents, trained on renders of the shap
 """,
     "shapes-sd": """
 StableDiffusionPipeline that draws the shapes world at 64x64: U-Net with cross-attention at 8x8 and 4x4,
-v-prediction, 20 DDIM steps, guidance 3. Its text encoder learned to read captions first, and was frozen. It is left with room to improve, for fine-tuning to use.
+v-prediction, 20 DDIM steps, guidance 3. Its text encoder learned to read captions first, and was frozen. It is left
+with room to improve, for fine-tuning to use.
 """,
     "shapes-sd3": """
 StableDiffusion3Pipeline that draws the shapes world at 64x64: six joint blocks, rectified flow, 20 Euler steps,
