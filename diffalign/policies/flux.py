@@ -64,11 +64,6 @@ class Flux(PackedFlow):
             return_dict=False,
         )[0]
 
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Undo the VAE's scale and shift."""
-        config = self.pipe.vae.config
-        return latents / config.scaling_factor + config.shift_factor
-
 
 @lru_cache
 def image_ids(h: int, w: int, device: torch.device) -> Tensor:

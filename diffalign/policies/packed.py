@@ -6,23 +6,18 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from diffalign.laws import PredictionKind, Schedule
-from diffalign.policies.base import Policy
+from diffalign.laws import Schedule
 from diffalign.policies.condition import Condition
+from diffalign.policies.kinds import FlowPolicy
 from diffalign.policies.lora import JOINT_ATTENTION
 from diffalign.policies.tables import as_flow_euler, read_flow
 
 
-class PackedFlow(Policy):
+class PackedFlow(FlowPolicy):
     """What FLUX.1 and Qwen-Image share. States are unpacked; packing is this class's own business."""
 
-    denoiser_name = "transformer"
     attention_modules = JOINT_ATTENTION
     patch_size = 2
-
-    def check(self) -> None:
-        """Refuse schedulers that cannot be read."""
-        as_flow_euler(self.pipe.scheduler)
 
     @property
     def latent_channels(self) -> int:
@@ -44,10 +39,6 @@ class PackedFlow(Policy):
         mu = calculate_shift(h * w // 4, *(config[key] for key in keys))
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         return read_flow(self.pipe.scheduler, num_inference_steps, mu, sigmas)
-
-    def prediction_kind(self) -> PredictionKind:
-        """Return "velocity"."""
-        return "velocity"
 
     def evaluate(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Pack, evaluate the transformer and unpack; a token holds its 2 x 2 elements channel by channel."""

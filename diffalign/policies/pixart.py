@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign.laws import PredictionKind, Schedule
-from diffalign.policies.base import POLICIES, Policy
+from diffalign.policies.base import POLICIES
 from diffalign.policies.condition import Condition
-from diffalign.policies.tables import check_diffusion, read_diffusion
+from diffalign.policies.kinds import DiffusionPolicy
 
 
 @POLICIES.register("pixart-alpha")
-class PixArtAlpha(Policy):
+class PixArtAlpha(DiffusionPolicy):
     """``PixArtAlphaPipeline``: a cross-attention transformer over DDIM's tables, told the image's size at 1024 pixels.
 
     diffusers gives this transformer no adapters and its pipelines no loader of LoRA files; here the transformer's class
@@ -33,24 +32,12 @@ class PixArtAlpha(Policy):
         pipe.transformer.__class__ = with_adapters(type(pipe.transformer))
         super().__init__(pipe)
 
-    def check(self) -> None:
-        """Refuse schedulers without tables."""
-        check_diffusion(self.pipe.scheduler)
-
     @property
     def lora_files(self) -> Any:
         """The reader and writer of another transformer, which knows nothing of its layers."""
         from diffusers.loaders import SD3LoraLoaderMixin
 
         return SD3LoraLoaderMixin
-
-    def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
-        """Return the DDIM levels; they do not depend on the image size."""
-        return read_diffusion(self.pipe.scheduler, num_inference_steps)
-
-    def prediction_kind(self) -> PredictionKind:
-        """Return the scheduler's prediction type."""
-        return self.pipe.scheduler.config.get("prediction_type", "epsilon")
 
     def encode_one(self, prompt: str) -> Condition:
         """Return ``prompt_embeds`` (1, tokens, width) and ``prompt_attention_mask`` (1, tokens)."""
@@ -77,10 +64,6 @@ class PixArtAlpha(Policy):
             return_dict=False,
         )[0]
         return output[:, : x.shape[1]]
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Divide by the VAE's scaling factor."""
-        return latents / self.pipe.vae.config.scaling_factor
 
 
 @POLICIES.register("pixart-sigma")

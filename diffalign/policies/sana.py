@@ -5,14 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.laws import PredictionKind, Schedule
-from diffalign.policies.base import POLICIES, Policy
+from diffalign.policies.base import POLICIES
 from diffalign.policies.condition import Condition
-from diffalign.policies.tables import as_flow_euler, read_flow
+from diffalign.policies.kinds import FlowPolicy
 
 
 @POLICIES.register("sana")
-class Sana(Policy):
+class Sana(FlowPolicy):
     """``SanaPipeline``: a linear-attention transformer over a rectified flow, with Gemma's reading of the prompt.
 
     Prompts follow the pipeline's own instruction to Gemma; the empty prompt that it guides away from does not.
@@ -22,7 +21,6 @@ class Sana(Policy):
     """
 
     pipeline_class = "SanaPipeline"
-    denoiser_name = "transformer"
     attention_modules = ("to_q", "to_k", "to_v", "to_out.0")
 
     max_sequence_length = 300  # of Gemma after the instruction, the pipeline's default
@@ -34,15 +32,7 @@ class Sana(Policy):
                 "this transformer embeds the guidance scale (guidance_embeds=True, as Sana-Sprint), which SanaPipeline "
                 "does not give it: use a Sana checkpoint"
             )
-        as_flow_euler(self.pipe.scheduler)
-
-    def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
-        """Return the shifted sigmas; they do not depend on the image size."""
-        return read_flow(self.pipe.scheduler, num_inference_steps, None)
-
-    def prediction_kind(self) -> PredictionKind:
-        """Return "velocity"."""
-        return "velocity"
+        super().check()
 
     def encode_one(self, prompt: str) -> Condition:
         """Return ``prompt_embeds`` (1, tokens, width) and ``prompt_attention_mask`` (1, tokens)."""
@@ -69,7 +59,3 @@ class Sana(Policy):
             return_dict=False,
         )[0]
         return output[:, : x.shape[1]]
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Divide by the VAE's scaling factor."""
-        return latents / self.pipe.vae.config.scaling_factor

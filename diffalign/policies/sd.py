@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from diffalign.laws import PredictionKind, Schedule
-from diffalign.policies.base import POLICIES, Policy
+from diffalign.policies.base import POLICIES
 from diffalign.policies.condition import Condition
-from diffalign.policies.tables import check_diffusion, read_diffusion
+from diffalign.policies.kinds import DiffusionPolicy
 
 
 @POLICIES.register("sd")
-class StableDiffusion(Policy):
+class StableDiffusion(DiffusionPolicy):
     """``StableDiffusionPipeline``: a UNet over DDIM's tables, predicting epsilon, v or the sample.
 
     A distilled UNet, which embeds the guidance scale, is told it and evaluated once.
@@ -33,15 +32,7 @@ class StableDiffusion(Policy):
                 f"this UNet reads {config.in_channels} channels and latents have {channels} (inpainting or image "
                 "variation): use a text-to-image checkpoint"
             )
-        check_diffusion(self.pipe.scheduler)
-
-    def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
-        """Return the DDIM levels; they do not depend on the image size."""
-        return read_diffusion(self.pipe.scheduler, num_inference_steps)
-
-    def prediction_kind(self) -> PredictionKind:
-        """Return the scheduler's prediction type."""
-        return self.pipe.scheduler.config.get("prediction_type", "epsilon")
+        super().check()
 
     def encode_one(self, prompt: str) -> Condition:
         """Return ``prompt_embeds`` (1, tokens, width)."""
@@ -78,7 +69,3 @@ class StableDiffusion(Policy):
     def added(self, x: Tensor, condition: Condition) -> dict[str, Tensor] | None:
         """Return what the UNet is told beside the prompt's tokens, as its ``added_cond_kwargs``."""
         return None
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Divide by the VAE's scaling factor."""
-        return latents / self.pipe.vae.config.scaling_factor

@@ -2,29 +2,25 @@
 
 from torch import Tensor
 
-from diffalign.laws import PredictionKind, Schedule
-from diffalign.policies.base import POLICIES, Policy
+from diffalign.laws import Schedule
+from diffalign.policies.base import POLICIES
 from diffalign.policies.condition import Condition
+from diffalign.policies.kinds import FlowPolicy
 from diffalign.policies.lora import JOINT_ATTENTION
-from diffalign.policies.tables import as_flow_euler, read_flow
+from diffalign.policies.tables import read_flow
 
 
 @POLICIES.register("sd3")
-class StableDiffusion3(Policy):
+class StableDiffusion3(FlowPolicy):
     """``StableDiffusion3Pipeline``: a joint-attention transformer over a rectified flow, predicting velocity.
 
     Departures from the pipeline: no skip-layer guidance, no image prompt, guidance combined in fp32.
     """
 
     pipeline_class = "StableDiffusion3Pipeline"
-    denoiser_name = "transformer"
     attention_modules = JOINT_ATTENTION
 
     max_sequence_length = 256  # of T5, the pipeline's default
-
-    def check(self) -> None:
-        """Refuse schedulers that cannot be read."""
-        as_flow_euler(self.pipe.scheduler)
 
     def schedule(self, num_inference_steps: int, height: int | None = None, width: int | None = None) -> Schedule:
         """Return the shifted sigmas; under dynamic shifting they depend on the image size, as in the pipeline."""
@@ -37,10 +33,6 @@ class StableDiffusion3(Policy):
             keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
             mu = calculate_shift((h // patch) * (w // patch), *(config[key] for key in keys))
         return read_flow(self.pipe.scheduler, num_inference_steps, mu)
-
-    def prediction_kind(self) -> PredictionKind:
-        """Return "velocity"."""
-        return "velocity"
 
     def encode_one(self, prompt: str) -> Condition:
         """Return ``prompt_embeds`` (1, tokens, width) and ``pooled_prompt_embeds`` (1, width)."""
@@ -63,8 +55,3 @@ class StableDiffusion3(Policy):
             pooled_projections=condition.tensors["pooled_prompt_embeds"].to(self.dtype),
             return_dict=False,
         )[0]
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """Undo the VAE's scale and shift."""
-        config = self.pipe.vae.config
-        return latents / config.scaling_factor + config.shift_factor

@@ -5,8 +5,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from diffalign.laws import Schedule, diffusion_schedule, flow_schedule
 
 logger = logging.getLogger(__name__)
@@ -85,7 +83,7 @@ def read_diffusion(scheduler: Any, num_inference_steps: int) -> Schedule:
         _refuse_boundary(table)
     euler = type(scheduler).__name__.startswith("Euler") and scheduler.config.timestep_spacing == "trailing"
     if euler or isinstance(table, LCMScheduler):
-        schedule = _through_timesteps(table.alphas_cumprod, table.timesteps)
+        schedule = diffusion_schedule(table.alphas_cumprod, table.timesteps, None, 1.0)
     else:
         stride = table.config.num_train_timesteps // num_inference_steps
         schedule = diffusion_schedule(table.alphas_cumprod, table.timesteps, stride, table.final_alpha_cumprod)
@@ -106,14 +104,6 @@ def _refuse_boundary(lcm: Any) -> None:
             f"at timestep {lowest} LCM's boundary condition (timestep_scaling={lcm.config.timestep_scaling}) mixes "
             f"{skip:.1g} of the state into x_0: take fewer than {len(lcm.timesteps)} steps"
         )
-
-
-def _through_timesteps(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> Schedule:
-    """A chain whose steps lead to the next timestep, and the last one to x_0 itself."""
-    evaluated = alphas_cumprod.double()[timesteps]
-    levels = torch.cat([evaluated, torch.ones_like(evaluated[:1])])
-    alpha, sigma = levels.sqrt(), (1 - levels).sqrt()
-    return Schedule("diffusion", timesteps.double(), alpha, sigma, target_alpha=alpha[1:], target_sigma=sigma[1:])
 
 
 def as_flow_euler(scheduler: Any) -> Any:

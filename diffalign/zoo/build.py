@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from diffalign.zoo import clip, denoise, evaluate, export, measure, preference
@@ -44,7 +45,10 @@ class Builder:
             export.round_to_half(vae)
             vae.half().save_pretrained(folder)
             write_card(folder, "shapes-vae", autoencoder.SEED, seconds, measure.reconstruction(vae.float()))
-        return AutoencoderKL.from_pretrained(folder).eval()
+        # Not `from_pretrained`, which writes the folder's path into the config that pipelines then carry along.
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+        vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        return vae.eval()
 
     def _pipeline(self, name: str, folder: Path) -> None:
         pipeline, seconds = denoise.train(name, self.work / name, self.vae())
@@ -54,7 +58,7 @@ class Builder:
         for split, count in (("validation", None), ("test", TEST_PROMPTS)):
             prompts = evaluate.read_prompts(self.out / "prompts" / f"shapes-{split}.jsonl", count)
             figures[split], images = evaluate.evaluate(pipeline, prompts)
-        evaluate.sheet(images[:48]).save(folder / "samples.png", optimize=True)
+        evaluate.sheet(images[:32]).quantize(64).save(folder / "samples.png", optimize=True)
         write_card(folder, name, denoise.FAMILIES[name].SEED, seconds, figures)
 
     def _preference(self, name: str, folder: Path) -> None:

@@ -58,14 +58,13 @@ def figures(prompts: Sequence[str], verdicts: Verdicts) -> dict[str, float]:
     return {name: round(value, 4) for name, value in means.items()} | {"prompts": len(prompts), "two_object_prompts": n}
 
 
-def sheet(images: torch.Tensor, columns: int = 8, zoom: int = 2) -> Image.Image:
+def sheet(images: torch.Tensor, columns: int = 8) -> Image.Image:
     """A contact sheet, row by row."""
     rows = -(-len(images) // columns)
     padded = torch.ones(rows * columns, *images.shape[1:])
     padded[: len(images)] = images
     grid = padded.view(rows, columns, *images.shape[1:]).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    picture = Image.fromarray((grid * 255).round().byte().numpy())
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    return Image.fromarray((grid * 255).round().byte().numpy())
 
 
 def evaluate(

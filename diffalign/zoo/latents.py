@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 
 from diffalign.zoo import vae as autoencoder
 from diffalign.zoo.render import render
+from diffalign.zoo.text import tokenize
 from diffalign.zoo.training import Batch
 from diffalign.zoo.world import mirrored, sample_scene
 
@@ -45,7 +46,7 @@ def collect(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, count: int 
         chunks.append(autoencoder.encode(vae, render(scenes, rng)).half())
         for scene in scenes:
             captions += [scene.caption, (mirrored(scene) if scene.relation else scene).caption]
-    ids = torch.tensor(tokenizer([*captions, ""], padding="max_length").input_ids)
+    ids = tokenize(tokenizer, [*captions, ""])
     return Latents(torch.cat(chunks).contiguous(), ids[:-1].view(count, 2, -1).clone(), ids[-1].clone())
 
 

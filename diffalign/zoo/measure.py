@@ -13,7 +13,7 @@ from diffalign.zoo import vae as autoencoder
 from diffalign.zoo.oracle import judge
 from diffalign.zoo.render import render
 from diffalign.zoo.spoil import distract
-from diffalign.zoo.text import clip_tokenizer
+from diffalign.zoo.text import clip_tokenizer, tokenize
 from diffalign.zoo.world import Scene, Thing, one_edit, sample_scene
 
 SEED = 81
@@ -33,7 +33,7 @@ def reconstruction(vae: AutoencoderKL, count: int = 256) -> dict[str, float]:
 @torch.no_grad()
 def similarity(model: CLIPModel, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
     """Cosines (N, N) of every image (N, 3, 64, 64) with every caption."""
-    ids = clip.tokenize(clip_tokenizer(), list(captions))
+    ids = tokenize(clip_tokenizer(), captions)
     chunks = [clip.embed(model, chunk, ids) for chunk in torch.split(images, 256)]
     return torch.cat([vision @ text.T for vision, text in chunks])
 
@@ -80,7 +80,7 @@ def _wrong_scenes(scenes: Sequence[Scene], rng: np.random.Generator) -> dict[str
 @torch.no_grad()
 def similarity_rows(model: CLIPModel, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
     """Cosines (N,) of image i with caption i."""
-    ids = clip.tokenize(clip_tokenizer(), list(captions))
+    ids = tokenize(clip_tokenizer(), captions)
     vision, text = clip.embed(model, images, ids)
     return (vision * text).sum(-1)
 

@@ -21,7 +21,7 @@ from diffalign.zoo import vae as autoencoder
 from diffalign.zoo.oracle import judge
 from diffalign.zoo.render import BACKGROUND, render
 from diffalign.zoo.spoil import distract, roughen
-from diffalign.zoo.text import clip_tokenizer
+from diffalign.zoo.text import clip_tokenizer, tokenize
 from diffalign.zoo.world import Scene, one_edit, sample_scene
 
 LABEL_NOISE = 0.10
@@ -89,7 +89,7 @@ def collect(vae: AutoencoderKL, denoisers: Sequence[DiffusionPipeline]) -> Pool:
     samples = [evaluate.sample(pipeline, captions, seed=BASE.seed) for pipeline in denoisers]
     images = ((torch.cat([groups, torch.stack(samples, 1)], 1) if samples else groups) * 255).round() / 255
     values = [utility(images[:, k], captions) for k in range(images.shape[1])]
-    ids = clip.tokenize(clip_tokenizer(), captions)
+    ids = tokenize(clip_tokenizer(), captions)
     return Pool(ids, (images * 255).round().byte(), torch.stack(values, 1))
 
 

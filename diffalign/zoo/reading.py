@@ -9,14 +9,24 @@ from transformers import CLIPTokenizer
 
 from diffalign.zoo import training
 from diffalign.zoo.symbols import Reader, bits
-from diffalign.zoo.text import WIDTH
-from diffalign.zoo.world import mirrored, sample_scene
+from diffalign.zoo.text import WIDTH, tokenize
+from diffalign.zoo.world import sample_scene, say
 
 SCHEDULE = training.Schedule(steps=600, learning_rate=2e-3, warmup=100, decay=400)
 BATCH = 64
 
 Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """From ids (B, LENGTH) to the words (B, LENGTH, WIDTH) and the pooled caption (B, WIDTH) that a denoiser will see."""
+
+
+def states(encoder: nn.Module) -> Encode:
+    """What most readers take of a CLIP text encoder: its last hidden state and its pooled state."""
+
+    def encode(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = encoder(input_ids=ids)
+        return output.last_hidden_state, output.pooler_output
+
+    return encode
 
 
 def teach(encoder: nn.Module, encode: Encode, tokenizer: CLIPTokenizer, folder: Path, seed: int) -> float:
@@ -30,9 +40,7 @@ def teach(encoder: nn.Module, encode: Encode, tokenizer: CLIPTokenizer, folder: 
 
     def loss(batch: training.Batch) -> dict[str, torch.Tensor]:
         scenes = [sample_scene(batch.rng, "train") for _ in range(BATCH)]
-        said = [mirrored(s) if s.relation and batch.rng.random() < 0.5 else s for s in scenes]
-        ids = torch.tensor(tokenizer([scene.caption for scene in said], padding="max_length").input_ids)
-        words, pooled = encode(ids)
+        words, pooled = encode(tokenize(tokenizer, [say(scene, batch.rng) for scene in scenes]))
         target = bits(scenes)
         # The last four positions follow the end of every caption.
         terms = {

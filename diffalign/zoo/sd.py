@@ -60,12 +60,7 @@ class Denoiser(nn.Module):
 
     def learn_to_read(self, folder: Path) -> float:
         """Train the text encoder alone; returns the seconds."""
-
-        def encode(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            output = self.text_encoder(ids)
-            return output.last_hidden_state, output.pooler_output
-
-        return reading.teach(self.text_encoder, encode, self.tokenizer, folder, SEED)
+        return reading.teach(self.text_encoder, reading.states(self.text_encoder), self.tokenizer, folder, SEED)
 
     def forward(self, clean: torch.Tensor, ids: torch.Tensor, batch: training.Batch) -> dict[str, torch.Tensor]:
         """Mean squared error of v for scaled latents (B, 4, 16, 16) and ids (B, LENGTH)."""

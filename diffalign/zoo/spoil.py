@@ -32,6 +32,23 @@ def distract(scene: Scene, rng: np.random.Generator) -> torch.Tensor:
     return _smear(layout.draw(supersample=1)[0], rng)  # no clear shape at all
 
 
+def bend(scene: Scene, rng: np.random.Generator) -> torch.Tensor:
+    """One image (3, 64, 64) of `scene` in which one outline is not quite its shape: pushed about, or grown a bump."""
+    layout = lay_out([scene], rng)
+    if rng.random() < 0.5:
+        return _smear(layout.draw(supersample=1)[0], rng, amount=rng.uniform(0.03, 0.07), cells=10)
+    victim = int(rng.integers(len(scene.things)))
+    center, radius = layout.center[:, [victim]], layout.radius[:, [victim]]
+    turn, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 0.9)
+    bump = Layout(
+        torch.cat([layout.color, layout.color[:, [victim]]], 1),
+        torch.cat([layout.shape, torch.tensor([[int(rng.integers(4))]])], 1),
+        torch.cat([layout.center, center + reach * radius * torch.tensor([np.cos(turn), np.sin(turn)])], 1).float(),
+        torch.cat([layout.radius, radius * rng.uniform(0.6, 0.9)], 1).float(),
+    )
+    return bump.draw(supersample=1)[0]
+
+
 def _with_extra(layout: Layout, rng: np.random.Generator) -> Layout:
     spot = torch.from_numpy(rng.uniform(8, RESOLUTION - 8, (1, 1, 2))).float()
     return Layout(
@@ -42,9 +59,9 @@ def _with_extra(layout: Layout, rng: np.random.Generator) -> Layout:
     )
 
 
-def _smear(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Push pixels along a smooth random field, until shapes are blobs."""
-    field = torch.from_numpy(rng.normal(0, 0.2, (1, 2, 6, 6))).float()
+def _smear(image: torch.Tensor, rng: np.random.Generator, amount: float = 0.2, cells: int = 6) -> torch.Tensor:
+    """Push pixels along a smooth random field, by `amount` half widths: at 0.2, until shapes are blobs."""
+    field = torch.from_numpy(rng.normal(0, amount, (1, 2, cells, cells))).float()
     field = F.interpolate(field, size=(RESOLUTION, RESOLUTION), mode="bicubic", align_corners=False)
     grid = F.affine_grid(torch.eye(2, 3)[None], [1, 3, RESOLUTION, RESOLUTION], align_corners=False)
     moved = F.grid_sample(

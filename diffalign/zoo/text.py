@@ -3,7 +3,9 @@
 import itertools
 import string
 from collections import Counter
+from collections.abc import Sequence
 
+import torch
 from transformers import CLIPTextConfig, CLIPTokenizer, T5Tokenizer
 
 from diffalign.zoo.world import COLORS, RELATIONS, SHAPES, SIZES
@@ -51,6 +53,11 @@ def clip_tokenizer() -> CLIPTokenizer:
     tokens = [*letters, *(f"{c}</w>" for c in letters), *("".join(pair) for pair in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Ids (B, LENGTH)."""
+    return torch.tensor(tokenizer(list(captions), padding="max_length").input_ids)
 
 
 def text_config(tokenizer: CLIPTokenizer, projection: int = WIDTH) -> CLIPTextConfig:

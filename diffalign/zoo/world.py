@@ -75,6 +75,11 @@ def mirrored(scene: Scene) -> Scene:
     return Scene(scene.things[::-1], INVERSE[scene.relation])
 
 
+def say(scene: Scene, rng: np.random.Generator) -> str:
+    """The caption, from either object's side."""
+    return (mirrored(scene) if scene.relation and rng.random() < 0.5 else scene).caption
+
+
 def one_edit(scene: Scene) -> dict[str, list[Scene]]:
     """Every scene that differs from `scene` in one fact, by the kind of fact.
 

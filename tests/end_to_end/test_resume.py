@@ -53,7 +53,7 @@ def contents(run):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("moment", ["rollout", "backward", "save", "rename"])
 def test_resumed_run_is_bit_equal(runs, moment):
     whole, resumed = contents(runs / "whole"), contents(runs / moment)
@@ -63,7 +63,7 @@ def test_resumed_run_is_bit_equal(runs, moment):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600)
 def test_nothing_of_a_killed_save_is_left(runs):
     for run in runs.glob("*/checkpoints"):
         assert sorted(p.name for p in run.iterdir()) == ["step-000002", "step-000004"]

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from diffalign.laws import DDIM, FlowODE, FlowSDE, Law, Level, Normal, Prediction, Schedule
+from diffalign.laws import DDIM, Consistency, FlowODE, FlowSDE, Law, Schedule
 from diffalign.noise import normal
 from diffalign.policies import Condition, Policy
 from diffalign.rollout import Plan, Trajectory, differentiable_rollout, rollout
@@ -19,18 +19,6 @@ from tests import tiny, tiny_families
 PROMPTS = ["a bad dog", "a fine lake"]
 ROWS = [(0, 0), (1, 0)]
 STEPS = 3
-
-
-class Renoise(Law):
-    """LCM's step: the prediction of x_0 with fresh noise."""
-
-    marginal_preserving = memoryless = False
-
-    def std(self, level: Level, to: Level) -> Tensor:
-        return to.sigma
-
-    def step(self, prediction: Prediction, to: Level) -> Normal:
-        return Normal(to.alpha.to(prediction.x0.dtype).reshape(-1, 1, 1, 1) * prediction.x0, to.sigma)
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ LAST_TEXT = ("blocks.1.attn.add_q_proj", "blocks.1.attn.to_add_out")
 FAMILIES = {
     "SD 1 / 2": Family(tiny.tiny_sd, *DIFFUSION),
     "SD-Turbo": Family(tiny_families.tiny_sd_turbo, *DIFFUSION, guidance=(0.0,), start=EULER, bound=2e-5),
-    "LCM": Family(tiny_families.tiny_lcm, Renoise(), Renoise(), guidance=(8.5, 3.0), bound=2e-5),
+    "LCM": Family(tiny_families.tiny_lcm, Consistency(), Consistency(), guidance=(8.5, 3.0), bound=2e-5),
     "SDXL": Family(tiny_families.tiny_sdxl, *DIFFUSION),
     "SDXL-Turbo": Family(tiny_families.tiny_sdxl_turbo, *[DDIM(1.0)] * 2, guidance=(0.0,), start=EULER, bound=2e-5),
     "SD 3": Family(tiny.tiny_sd3, *FLOW, idle=("blocks.1.attn.add_q_proj",)),

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffalign.registry import data_root
 from diffalign.zoo import evaluate, sd3
 from diffalign.zoo.oracle import judge
+from diffalign.zoo.text import tokenize
 
 NAMES = ("shapes-sd", "shapes-sd3")
 
@@ -46,23 +47,30 @@ def test_images_are_as_right_as_the_card_says(pipeline):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cards_leave_room_to_improve(name):
+def test_cards_leave_room_and_say_what_they_are(name):
     test = figures(name)["test"]
-    assert test["two_objects"] < 0.85
+    assert 0.35 < test["two_objects"] < 0.8
     assert test["prompts"] == 256
+
+
+def test_no_config_remembers_where_it_was_made():
+    configs = list((data_root() / "zoo").rglob("*.json"))
+    assert len(configs) > 10
+    for config in configs:
+        assert "_name_or_path" not in json.loads(config.read_text(encoding="utf-8")), config
 
 
 def test_files_are_small():
     files = [file for file in (data_root() / "zoo").rglob("*") if file.is_file()]
     assert max(file.stat().st_size for file in files) < 10e6
-    assert sum(file.stat().st_size for file in files) < 45e6
+    assert sum(file.stat().st_size for file in files) < 40e6
 
 
 @pytest.mark.parametrize("copies", [16, 256])
 def test_the_weighted_attention_of_training_is_the_pipelines_own(copies):
     model = sd3.Denoiser()
     caption = "a small red circle left of an orange star"
-    ids = torch.tensor(model.tokenizer([caption, ""], padding="max_length").input_ids)
+    ids = tokenize(model.tokenizer, [caption, ""])
     latents, t = torch.randn(2, 4, 16, 16), torch.tensor([300.0, 700.0])
     with torch.no_grad():
         torch.nn.init.normal_(model.transformer.proj_out.weight)

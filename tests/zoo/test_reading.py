@@ -11,15 +11,14 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from diffalign.registry import data_root
 from diffalign.zoo import reading, training
 from diffalign.zoo.symbols import bits
-from diffalign.zoo.text import clip_tokenizer, text_config
+from diffalign.zoo.text import clip_tokenizer, text_config, tokenize
 from diffalign.zoo.world import sample_scene
 
 
 def captions(split, count):
     rng = np.random.default_rng(0)
     scenes = [sample_scene(rng, split) for _ in range(count)]
-    ids = clip_tokenizer()([scene.caption for scene in scenes], padding="max_length").input_ids
-    return torch.tensor(ids), bits(scenes)
+    return tokenize(clip_tokenizer(), [scene.caption for scene in scenes]), bits(scenes)
 
 
 @pytest.mark.parametrize(
@@ -47,12 +46,7 @@ def test_a_lesson_teaches_and_freezes(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "BATCH", 16)
     torch.manual_seed(0)
     encoder = CLIPTextModel(text_config(clip_tokenizer()))
-
-    def encode(ids):
-        output = encoder(ids)
-        return output.last_hidden_state, output.pooler_output
-
-    reading.teach(encoder, encode, clip_tokenizer(), tmp_path, seed=0)
+    reading.teach(encoder, reading.states(encoder), clip_tokenizer(), tmp_path, seed=0)
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     # Both readers begin at chance, ln 2 each.
     assert last["step"] == 30

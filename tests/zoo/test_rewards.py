@@ -105,9 +105,9 @@ def test_the_training_reward_has_a_useful_gradient(pictures):
     pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2) / 255
     pixels.requires_grad_()
     from diffalign.zoo import clip
-    from diffalign.zoo.text import clip_tokenizer
+    from diffalign.zoo.text import clip_tokenizer, tokenize
 
-    ids = clip.tokenize(clip_tokenizer(), captions[::-1])
+    ids = tokenize(clip_tokenizer(), captions[::-1])
     vision, text = clip.embed(model, pixels, ids)
     before = (vision * text).sum()
     before.backward()
