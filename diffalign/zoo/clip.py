@@ -154,12 +154,12 @@ def train(folder: Path, vae: AutoencoderKL | None, spec: Spec = REWARD) -> tuple
         images = torch.cat([layout.draw(supersample=1), wrong_images(scenes, rng, fine)])
         if vae is not None and batch.step % ROUND_TRIP_EVERY == ROUND_TRIP_EVERY - 1:
             images = autoencoder.decode(vae, autoencoder.encode(vae, images))
-        images = roughen(images, batch.generator) * 2 - 1
-        vision = model.vision_model(pixel_values=images, output_hidden_states=True)
+        images = roughen(images, batch.generator)
         text = model.text_model(input_ids=tokenize(tokenizer, [say(scene, rng) for scene in scenes])).pooler_output
+        said = F.normalize(model.text_projection(text), dim=-1)
+        vision = model.vision_model(pixel_values=images * 2 - 1, output_hidden_states=True)
         lesson = eye.loss(vision, scenes, layout)
         seen = F.normalize(model.visual_projection(vision.pooler_output), dim=-1)
-        said = F.normalize(model.text_projection(text), dim=-1)
         logits = model.logit_scale.exp().clamp(max=50) * said @ seen.T
         target = torch.arange(len(scenes))
         to_image, to_text = F.cross_entropy(logits, target), F.cross_entropy(logits[:, : len(scenes)].T, target)

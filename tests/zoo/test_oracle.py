@@ -6,7 +6,7 @@ import torch
 
 from diffalign.zoo import oracle
 from diffalign.zoo.render import AREA, coverage, render
-from diffalign.zoo.spoil import distract, roughen
+from diffalign.zoo.spoil import bend, distract, roughen
 from diffalign.zoo.world import SHAPES, Scene, Thing, mirrored, one_edit, sample_scene
 
 
@@ -72,6 +72,12 @@ def test_spoilt_images_are_mostly_rejected_and_rough_ones_mostly_kept(drawn):
     spoilt = torch.stack([distract(scene, rng) for scene in scenes])
     # A spoilt image may still be right: an extra object can hide the one it copies, a smear can be mild.
     assert oracle.judge(spoilt, captions).all_correct.float().mean() < 0.15
+    bent = torch.stack([bend(scene, rng) for scene in scenes])
+    # Most outlines that are only a little out of shape fail one fact, and what they fail is the shape or the count.
+    verdicts = oracle.judge(bent, captions)
+    assert 0.3 < verdicts.all_correct.float().mean() < 0.6
+    wrong = [name.split()[0] for facts in verdicts.facts for name, holds in facts.items() if not holds]
+    assert sum(name in ("shape", "count") for name in wrong) > 0.7 * len(wrong)
     rough = roughen(images, torch.Generator().manual_seed(0))
     assert oracle.judge(rough, captions).all_correct.float().mean() > 0.9
 
