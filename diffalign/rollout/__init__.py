@@ -4,6 +4,7 @@ from diffalign.rollout.chain import Trajectory
 from diffalign.rollout.differentiable import differentiable_rollout
 from diffalign.rollout.gradient import DRTune, Full, GradientRule, LastK, Plan, RandomK
 from diffalign.rollout.recorded import log_probs, rollout, transition
+from diffalign.rollout.two_pass import trajectory_gradient
 
 __all__ = [
     "DRTune",
@@ -16,5 +17,6 @@ __all__ = [
     "differentiable_rollout",
     "log_probs",
     "rollout",
+    "trajectory_gradient",
     "transition",
 ]

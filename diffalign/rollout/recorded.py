@@ -178,16 +178,8 @@ def log_probs(
     Raises:
         ValueError: the trajectory holds no states, or a step is deterministic.
     """
-    stochastic = trajectory.stochastic.nonzero().flatten().tolist()
-    chosen = stochastic if steps is None else list(steps)
-    silent = sorted(set(chosen) - set(stochastic))
-    if silent or not chosen:
-        raise ValueError(
-            f"steps {silent or 'of this law'} are deterministic and have no log-density: choose among {stochastic}, "
-            "or use a stochastic law (DDIM eta > 0, FlowSDE a > 0)"
-        )
     columns = []
-    for i in chosen:
+    for i in chosen_steps(trajectory, steps):
         now = transition(
             policy,
             trajectory,
@@ -201,3 +193,16 @@ def log_probs(
         )
         columns.append(now.log_prob(trajectory.states[i + 1], reduction, validate=False))  # type: ignore[index]
     return torch.stack(columns, 1)
+
+
+def chosen_steps(trajectory: Trajectory, steps: Sequence[int] | None) -> list[int]:
+    """Return `steps`, default every stochastic step; ValueError where one has no density."""
+    stochastic = trajectory.stochastic.nonzero().flatten().tolist()
+    chosen = stochastic if steps is None else list(steps)
+    silent = sorted(set(chosen) - set(stochastic))
+    if silent or not chosen:
+        raise ValueError(
+            f"steps {silent or 'of this law'} are deterministic and have no log-density: choose among {stochastic}, "
+            "or use a stochastic law (DDIM eta > 0, FlowSDE a > 0)"
+        )
+    return chosen

@@ -16,9 +16,12 @@ from diffalign.zoo import reading, training
 from diffalign.zoo.text import WIDTH, clip_tokenizer, t5_tokenizer, text_config
 
 SEED = 31
-SCHEDULE = training.Restart(
-    training.Schedule(steps=4800, learning_rate=1e-3, warmup=100, decay=2400),
-    training.Schedule(steps=1500, learning_rate=8e-4, warmup=50, decay=1400),
+SCHEDULE = training.Restarts(
+    (
+        training.Schedule(steps=4800, learning_rate=1e-3, warmup=100, decay=2400),
+        training.Schedule(steps=1500, learning_rate=8e-4, warmup=50, decay=1400),
+        training.Schedule(steps=3000, learning_rate=8e-4, warmup=50, decay=2500),
+    )
 )
 BATCH = 32
 UNFINISHED = 2500  # the step whose samples `shapes-preference` learns from

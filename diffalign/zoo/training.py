@@ -33,25 +33,28 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Restart:
-    """A second schedule after the first, with a warm-up of its own: more training where the first left off."""
+class Restarts:
+    """Schedules one after the other, each with a warm-up of its own: more training where the one before left off."""
 
-    first: Schedule
-    second: Schedule
+    parts: tuple[Schedule, ...]
 
     @property
     def steps(self) -> int:
-        """Of both."""
-        return self.first.steps + self.second.steps
+        """Of all."""
+        return sum(part.steps for part in self.parts)
 
     @property
     def learning_rate(self) -> float:
-        """The higher of both."""
-        return max(self.first.learning_rate, self.second.learning_rate)
+        """The highest of all."""
+        return max(part.learning_rate for part in self.parts)
 
     def rate(self, step: int) -> float:
         """Learning rate of the step with this index, counted from 0."""
-        return self.first.rate(step) if step < self.first.steps else self.second.rate(step - self.first.steps)
+        for part in self.parts:
+            if step < part.steps:
+                return part.rate(step)
+            step -= part.steps
+        raise IndexError(f"the schedule ends {step} steps earlier")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Batch:
 def train(
     model: nn.Module,
     loss: Callable[[Batch], dict[str, torch.Tensor]],
-    schedule: Schedule | Restart,
+    schedule: Schedule | Restarts,
     folder: Path,
     *,
     seed: int,
@@ -124,7 +127,7 @@ def _log(folder: Path, row: dict) -> None:
 
 def _save(
     folder: Path,
-    schedule: Schedule | Restart,
+    schedule: Schedule | Restarts,
     step: int,
     seconds: float,
     model: nn.Module,

@@ -1,0 +1,83 @@
+"""The exact gradient of a loss of whole trajectories, in memory that does not grow with the number of steps.
+
+A loss such as the square of PRDP (Deng et al. 2024, arXiv 2402.08714) couples all steps of a trajectory, and a graph of
+it holds them all. But with L (B, S) the log-densities of B trajectories at S steps,
+
+    d loss / d theta = sum_{b, s} w_{b, s} d L_{b, s} / d theta,     w = d loss / d L,
+
+so L is computed without a graph, w from that small matrix alone, and then each density again with a graph, weighed by
+its w, as few at a time as memory wants.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffalign.laws import Law, Reduction, Schedule
+from diffalign.ledger import Ledger
+from diffalign.policies import Condition, Guidance, Policy
+from diffalign.rollout.chain import Trajectory
+from diffalign.rollout.recorded import chosen_steps, log_probs
+
+
+def trajectory_gradient(
+    policy: Policy,
+    trajectory: Trajectory,
+    condition: Condition,
+    law: Law,
+    schedule: Schedule,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    guidance_scale: float,
+    reduction: Reduction,
+    guidance: Guidance = "pipeline",
+    steps: Sequence[int] | None = None,
+    micro_batch_size: int | None = None,
+) -> tuple[Tensor, Ledger]:
+    """Add the gradient of ``loss(L)`` to that of the policy's parameters, as ``loss(L).backward()`` would.
+
+    Args:
+        policy: as in :func:`log_probs`, like all that is not named here.
+        trajectory: likewise, of B rows.
+        condition: likewise.
+        law: likewise.
+        schedule: likewise.
+        loss: from L (B, S), the log-densities of the S chosen steps, to a scalar. It is called once.
+        guidance_scale: likewise.
+        reduction: likewise.
+        guidance: likewise.
+        steps: likewise.
+        micro_batch_size: densities with a graph at once, of whatever rows and steps; rows at once without. Pairs that
+            the loss is flat in, such as clipped ones, are not evaluated again.
+
+    Returns:
+        The loss, without graph, and the cost.
+
+    Raises:
+        ValueError: as in :func:`log_probs`.
+    """
+    chosen = chosen_steps(trajectory, steps)
+    chain = {"guidance_scale": guidance_scale, "reduction": reduction, "guidance": guidance}
+    with torch.no_grad():
+        matrix = log_probs(
+            policy, trajectory, condition, law, schedule, steps=chosen, micro_batch_size=micro_batch_size, **chain
+        )
+    with torch.enable_grad():
+        value = loss(matrix.requires_grad_())
+        (weight,) = torch.autograd.grad(value, matrix)
+    row, column = weight.nonzero().cpu().unbind(1)
+    step = torch.tensor(chosen)[column]
+    states = torch.stack(trajectory.states or [], 1)
+    size = micro_batch_size or max(1, len(row))
+    for start in range(0, len(row), size):
+        pairs = slice(start, start + size)
+        b, s = row[pairs], step[pairs]
+        level, target = schedule.level(s, matrix.device), schedule.target(s, matrix.device)
+        prediction = policy.predict(states[b, s], level, condition.rows(b), guidance_scale, guidance)
+        density = law.step(prediction, target).log_prob(states[b, s + 1], reduction, validate=False)
+        (weight[b, column[pairs]] * density).sum().backward()
+    branches = policy.evaluations_per_prediction(guidance_scale)
+    backward = 1 if guidance == "detach_unconditional" else branches
+    cost = Ledger(denoiser_evaluations=(matrix.numel() + len(row)) * branches, backward_passes=len(row) * backward)
+    return value.detach(), cost
