@@ -86,14 +86,46 @@ class DRTuneGradient(Settings):
     early_stop: float = Field(0.4, ge=0, lt=1, description="the stop falls in this last part of the steps; 0: never")
 
 
+class SparseGradient(Settings):
+    """FlowBP-Sparse: as `drtune` without a stop, at `k` random steps, of which late ones are drawn oftener."""
+
+    kind: Literal["sparse"] = "sparse"
+    k: PositiveInt = 3
+    late_bias: float = Field(
+        2.0, ge=0, allow_inf_nan=False, description="step i of 0, 1, ... has the weight (i + 1) ** late_bias"
+    )
+
+
+class LowVarianceGradient(Settings):
+    """DRaFT-LV: x_0 as predicted at the last step, and `n` predictions more from fresh noise at the last level.
+
+    The loss is the mean over the `n + 1`; each is decoded and scored. As with `last_k` and k = 1 the gradient all but
+    vanishes where the last sigma is near 0: with the scheduler of SD3 use skip = 1.
+    """
+
+    kind: Literal["lv"] = "lv"
+    n: PositiveInt = 2
+    skip: int = Field(0, ge=0, description="steps left out at the end; 1 leaves out the last step of SD3")
+
+
 Gradient = Annotated[
-    FullGradient | LastKGradient | RandomKGradient | DRTuneGradient,
+    FullGradient | LastKGradient | RandomKGradient | DRTuneGradient | SparseGradient | LowVarianceGradient,
     Field(discriminator="kind"),
 ]
 
 
 class RewardBackpropConfig(Settings):
-    """Reward backpropagation (AlignProp, DRaFT, DRTune): see `diffalign.finetune.reward_backprop`."""
+    """Reward backpropagation (AlignProp, DRaFT, DRTune, FlowBP): see `diffalign.finetune.reward_backprop`.
+
+    Where the gradient flows, `gradient`:
+
+        {kind: full}                           through every step
+        {kind: last_k, k: 1}                   DRaFT-K: through the last k steps
+        {kind: random_k, low: 1, high: 10}     AlignProp: as last_k, k drawn uniformly for each training step
+        {kind: drtune, k: 3, early_stop: 0.4}  DRTune: k equally spaced steps with detached inputs, and a random stop
+        {kind: sparse, k: 3, late_bias: 2.0}   FlowBP-Sparse: k random, mostly late, steps with detached inputs
+        {kind: lv, n: 2, skip: 0}              DRaFT-LV: the last step, and n more from fresh noise at its level
+    """
 
     name: Literal["reward_backprop"] = "reward_backprop"
     num_inference_steps: PositiveInt = 50
@@ -102,7 +134,7 @@ class RewardBackpropConfig(Settings):
     guidance: Literal["pipeline", "detach_unconditional"] = Field(
         "pipeline", description="detach_unconditional: no gradient through the unconditional branch"
     )
-    gradient: Gradient = Field(default_factory=LastKGradient)
+    gradient: Gradient = Field(default_factory=LastKGradient, description="where the gradient flows, see above")
     loss: Literal["linear", "target", "hinge"] = Field(
         "linear",
         description="of the reward r: -r, |r - target|, or max(target - r, 0), which stops pushing at the target",
@@ -121,6 +153,12 @@ class RewardBackpropConfig(Settings):
             raise ValueError(
                 f"gradient asks for {k} steps with gradient but num_inference_steps is {self.num_inference_steps}; "
                 "lower it, or use gradient.kind = full"
+            )
+        skip = getattr(self.gradient, "skip", 0)
+        if skip >= self.num_inference_steps:
+            raise ValueError(
+                f"gradient.skip = {skip} leaves no step of num_inference_steps = {self.num_inference_steps}; "
+                "use 0, or 1 with the scheduler of SD3"
             )
         return self
 

@@ -1,22 +1,28 @@
-r"""Reward backpropagation: AlignProp, DRaFT and DRTune, one method with a choice of where the gradient flows.
+r"""Reward backpropagation: AlignProp, DRaFT, DRTune and FlowBP-Sparse, which differ in where the gradient flows.
 
 The images of a differentiable rollout go through a differentiable reward, and its gradient returns through the
 decoder and the sampler to the adapter:
 
     minimise  E_{c, x_T} [ L(r(decode(x_0), c)) + kl_weight * D ],     L(r) = -r,  |r - target|  or  max(target - r, 0)
 
-D keeps the policy near the reference (adapter off, at the same x_t): the mean over the graded steps of the mean
+D keeps the policy near the reference (adapter off, at the same x_t): the mean over the graded evaluations of the mean
 square of the difference of the two predictions. For equal variances it is the KL of a step up to a factor of that
 step (DRaFT+).
 
 Sources: Prabhudesai et al. 2023 (AlignProp, arXiv 2310.03739), Clark et al. 2023 (DRaFT, arXiv 2309.17400), Wu et al.
-2024 (DRTune, arXiv 2405.00760).
+2024 (DRTune, arXiv 2405.00760), Wang et al. 2026 (FlowBP, arXiv 2606.11075).
 
 Departures from the reference codes:
 - `random_k` draws its truncation once per step for the whole batch, as the paper says; trl drew a coin at every
   denoising step.
 - Steps without gradient build no graph at all; the reference codes detach a prediction that they computed with one.
 - The loss is the plain mean of L, with no hidden constant or scale; kl_weight is in units of the reward.
+- `sparse` needs no second evaluation and no straight-through residual: with detached inputs the path of the sampler
+  from the drawn steps to x_0 has the value and the gradient of FlowBP's surrogate, memory is that of k evaluations
+  likewise, and only the choice of steps sets it apart from `drtune` without a stop. The gradient is not rescaled by
+  the share of the path that was drawn, as some of the authors' recipes do.
+- `lv` averages L over the n + 1 predictions of x_0, so that n does not change the scale. All are decoded at once: lower
+  micro_batch_size by that factor. `skip` leaves out steps at the end, for schedules that all but end before them.
 - A failed score contributes no gradient; it is counted, and the mean is still over all images.
 """
 
@@ -36,7 +42,17 @@ from diffalign.ledger import Ledger
 from diffalign.noise import Address, generator
 from diffalign.policies import Condition, Policy
 from diffalign.rewards import Reward
-from diffalign.rollout import DRTune, Full, GradientRule, LastK, Plan, RandomK, differentiable_rollout
+from diffalign.rollout import (
+    DRTune,
+    Full,
+    GradientRule,
+    LastK,
+    LowVariance,
+    Plan,
+    RandomK,
+    Sparse,
+    differentiable_rollout,
+)
 
 
 class RewardBackprop(Trainer):
@@ -97,27 +113,27 @@ class RewardBackprop(Trainer):
             reference=config.kl_weight > 0,
         )
         pixels = self.policy.decode(trajectory.latents)
-        score = self.reward(pixels, [p.text for p in prompts], [p.metadata for p in prompts])
+        copies = len(pixels) // len(prompts)  # predictions of x_0 for each image: n + 1 under lv, elsewhere 1
+        score = self.reward(pixels, [p.text for p in prompts] * copies, [p.metadata for p in prompts] * copies)
         zero = torch.zeros_like(score.value)
         # where, not multiplication: a failed score may hold NaN, and 0 * NaN is NaN, in the gradient too.
         value = torch.where(score.valid, score.value, zero)
         loss = torch.where(score.valid, self.loss(value), zero)
         distance = zero if trajectory.prediction_mse is None else trajectory.prediction_mse
         total = self.training.num_prompts_per_step * self.training.group_size
-        objective = (loss + config.kl_weight * distance).sum() / total
+        objective = (loss.sum() / copies + config.kl_weight * distance.sum()) / total
         if objective.requires_grad:  # not where every score failed
             objective.backward()
 
         ledger = trajectory.ledger
-        ledger.decodes += len(rows)
-        ledger.reward_calls += len(rows)
+        ledger.decodes += len(pixels)
+        ledger.reward_calls += len(pixels)
         ledger.reward_failures += int((~score.valid).sum())
-        parts = {f"reward/{name}": torch.where(score.valid, part, zero).sum() for name, part in score.parts.items()}
+        parts = {f"reward/{name}": torch.where(score.valid, part, zero) for name, part in score.parts.items()}
+        scored = {"reward": value, **parts, "reward_valid": score.valid}
         sums = {
             "loss": objective * total,
-            "reward": value.sum(),
-            **parts,
-            "reward_valid": score.valid.sum(),
+            **{name: v.sum() / copies for name, v in scored.items()},
             "prediction_mse": distance.sum(),
         }
         return {name: v.detach() for name, v in sums.items()}, ledger
@@ -140,4 +156,8 @@ def gradient_rule(config: RewardBackpropConfig) -> GradientRule:
         return LastK(gradient.k)
     if gradient.kind == "random_k":
         return RandomK(gradient.low, gradient.high)
-    return DRTune(gradient.k, gradient.early_stop)
+    if gradient.kind == "drtune":
+        return DRTune(gradient.k, gradient.early_stop)
+    if gradient.kind == "sparse":
+        return Sparse(gradient.k, gradient.late_bias)
+    return LowVariance(gradient.n, gradient.skip)

@@ -2,7 +2,7 @@
 
 from diffalign.rollout.chain import Trajectory
 from diffalign.rollout.differentiable import differentiable_rollout
-from diffalign.rollout.gradient import DRTune, Full, GradientRule, LastK, Plan, RandomK
+from diffalign.rollout.gradient import DRTune, Full, GradientRule, LastK, LowVariance, Plan, RandomK, Sparse
 from diffalign.rollout.recorded import log_probs, rollout, transition
 from diffalign.rollout.two_pass import trajectory_gradient
 
@@ -11,8 +11,10 @@ __all__ = [
     "Full",
     "GradientRule",
     "LastK",
+    "LowVariance",
     "Plan",
     "RandomK",
+    "Sparse",
     "Trajectory",
     "differentiable_rollout",
     "log_probs",

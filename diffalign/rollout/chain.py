@@ -18,14 +18,15 @@ class Trajectory:
     """What a rollout of B rows and N steps recorded.
 
     Attributes:
-        latents: (B, C, h, w) the result, before decoding.
+        latents: (B, C, h, w) the result, before decoding. Under a plan that is renoised n times, ((n + 1) B, C, h, w):
+            all rows of the first prediction, then all of the next.
         stochastic: (N,) bool on the host; steps that have a density.
         states: N + 1 states (B, C, h, w) in fp32, the first is the noise, or None if not asked for.
         log_probs: (B, N) log-density of each step's state, 0 at deterministic steps, or None if not asked for.
         transitions: N Gaussians that the states were drawn from, or None if not asked for.
         plan: where the gradient flows; None for a rollout without gradient.
-        prediction_mse: (B,) mean over the steps with gradient, and over elements, of the squared difference between the
-            predictions of policy and reference (the penalty of DRaFT+), or None.
+        prediction_mse: (B,) mean over the evaluations with gradient, and over elements, of the squared difference
+            between the predictions of policy and reference (the penalty of DRaFT+), or None.
         kl: (B,) KL to the reference in nats, summed over the stochastic steps with gradient, or None.
         ledger: denoiser evaluations and the backward passes that one ``backward()`` takes; checkpointed evaluations
             that are computed again are not counted twice.
@@ -109,6 +110,10 @@ class Chain:
     def next(self, i: int, transition: Normal) -> Tensor:
         """Draw the state after step i with its addressed noise."""
         return transition.sample(self.draw("step", i)) if self.stochastic[i] else transition.mean
+
+    def renoise(self, i: int, x0: Tensor, draw: int) -> Tensor:
+        """Noise a clean latent to the level of evaluation i, with the noise of that draw."""
+        return self.levels.alpha[i] * x0 + self.levels.sigma[i] * self.draw("renoise", draw)
 
     def evaluations(self) -> int:
         """Return the denoiser evaluations of one step of all rows."""

@@ -33,7 +33,8 @@ def differentiable_rollout(
     """Sample with a graph from the policy's parameters to the result, where the plan says so.
 
     Steps outside the plan build no graph and are not checkpointed. Under DRTune's plan an evaluation without graph
-    between two that have one leaves the sampler's own path from state to state differentiable.
+    between two that have one leaves the sampler's own path from state to state differentiable; that path is linear, so
+    that it holds no activations, however many the steps.
 
     Args:
         policy: the policy.
@@ -56,23 +57,35 @@ def differentiable_rollout(
     _check_trainable(policy)
     check_rows(rows, condition)
     chain = Chain.of(policy, condition, law, schedule, rows, seed, guidance_scale, (height, width))
+    return _sample(chain, plan, guidance, checkpoint, reference)
+
+
+def _sample(chain: Chain, plan: Plan, guidance: Guidance, checkpoint: bool, reference: bool) -> Trajectory:
     x = chain.initial()
     result = Trajectory(x, torch.tensor(chain.stochastic), plan=plan)
     squares, divergences = [], []
-    last = len(schedule) - 1 if plan.stop is None else plan.stop
+    last = len(chain.stochastic) - 1 if plan.stop is None else plan.stop
     for i in range(last + 1):
         prediction = _predict_planned(chain, i, x, plan, guidance, checkpoint)
         step = None if i == plan.stop else chain.transition(i, prediction)
         if reference and i in plan.graded:
             anchor = _reference(chain, i, x)
-            squares.append((prediction.output - anchor.output).square().flatten(1).mean(1))
+            squares.append(_mean_square(prediction, anchor))
             if step is not None and chain.stochastic[i]:
                 divergences.append(step.kl(chain.transition(i, anchor), "sum", validate=False))
         x = prediction.x0 if step is None else chain.next(i, step)
-    result.latents = x
+    results = [x]
+    for draw in range(plan.renoised):
+        state = chain.renoise(last, x.detach(), draw)
+        prediction = _predict_planned(chain, last, state, plan, guidance, checkpoint)
+        if reference:
+            squares.append(_mean_square(prediction, _reference(chain, last, state)))
+        results.append(prediction.x0)
+    result.latents = torch.cat(results)
     result.prediction_mse = torch.stack(squares).mean(0) if squares else None
     result.kl = torch.stack(divergences).sum(0) if divergences else None
-    result.ledger = _cost(chain, last + 1 + len(squares), len(plan.graded), guidance)
+    evaluated, graded = last + 1 + plan.renoised + len(squares), len(plan.graded) + plan.renoised
+    result.ledger = _cost(chain, evaluated, graded, guidance)
     return result
 
 
@@ -104,6 +117,11 @@ def _predict_planned(chain: Chain, i: int, x: Tensor, plan: Plan, guidance: Guid
             recompute(output, state, use_reentrant=False, preserve_rng_state=False) if checkpoint else output(state)
         )
     return Prediction(evaluated, x, chain.level(i), chain.policy.prediction_kind())
+
+
+def _mean_square(prediction: Prediction, anchor: Prediction) -> Tensor:
+    """Mean over elements of the squared difference of two outputs, (B,)."""
+    return (prediction.output - anchor.output).square().flatten(1).mean(1)
 
 
 def _reference(chain: Chain, i: int, x: Tensor) -> Prediction:

@@ -10,6 +10,7 @@ from diffalign.finetune import RewardBackprop
 from diffalign.finetune.trainer import StepFailed
 from diffalign.policies import Policy
 from diffalign.rewards import as_reward
+from diffalign.rollout import differentiable_rollout
 from tests.tiny import tiny_sd, tiny_sd3
 
 PROMPTS = ["a red circle", "a blue cube", "a green star", "a red circle"]
@@ -45,7 +46,13 @@ def gradient(make=tiny_sd, **settings):
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
 @pytest.mark.parametrize(
-    "kind", [{"kind": "last_k", "k": 2}, {"kind": "drtune", "k": 2}, {"kind": "random_k", "high": 3}]
+    "kind",
+    [
+        {"kind": "last_k", "k": 2},
+        {"kind": "drtune", "k": 2},
+        {"kind": "random_k", "high": 3},
+        {"kind": "lv", "n": 1, "skip": 1},
+    ],
 )
 def test_micro_batches_do_not_change_the_gradient(make, kind):
     whole, sums, ledger = gradient(make, gradient=kind)
@@ -71,6 +78,75 @@ def test_the_reward_rises_on_the_training_prompts(make):
     assert len(history) == 12
     assert sum(history["reward"][-3:]) / 3 > sum(history["reward"][:3]) / 3
     assert [row["step"] for row in history.rows] == list(range(1, 13))
+
+
+def test_low_variance_averages_over_the_predictions_of_each_image():
+    """Gradient and metrics are the mean over the n + 1 predictions; each of their images meets its own prompt."""
+    asked: list[tuple[str, ...]] = []
+
+    def wished(images, prompts, metadata):
+        asked.append(tuple(prompts))
+        sign = torch.tensor([1.0 if "red" in prompt else -1.0 for prompt in prompts])
+        return sign * redness(images, prompts, metadata)
+
+    t = trainer(reward=wished, gradient={"kind": "lv", "n": 2, "skip": 1})
+    perturb(t.policy)
+    asked.clear()  # of the calls that only looked at the reward
+    sums, ledger = t.accumulate([Prompt(text, i, {}) for i, text in enumerate(PROMPTS)])
+    assert asked == [tuple(PROMPTS) * 3]
+    assert (ledger.decodes, ledger.reward_calls) == (12, 12)
+    assert (ledger.denoiser_evaluations, ledger.backward_passes) == (4 * 2 * (3 + 2), 4 * 2 * 3)
+
+    plan = t.rule.plan(4, None)
+    rows = [(i, 0, 0) for i in range(4)]
+    trajectory = differentiable_rollout(
+        t.policy, t.policy.encode(PROMPTS), t.law, t.schedule, rows=rows, seed=0, guidance_scale=2.0, plan=plan
+    )
+    rewards = [wished(t.policy.decode(x), PROMPTS, None) for x in trajectory.latents.split(4)]
+    mean = torch.stack(rewards).mean()
+    torch.testing.assert_close(sums["reward"] / 4, mean.detach())
+    torch.testing.assert_close(sums["loss"] / 4, -mean.detach())
+    expected = torch.autograd.grad(-mean, t.parameters)
+    found = [p.grad for p in t.parameters]
+    largest = max(float(g.abs().max()) for g in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6 * largest)
+
+
+def test_a_failed_prediction_of_low_variance_is_one_of_many():
+    def sometimes(images, prompts, metadata):
+        value = redness(images, prompts, metadata)
+        return torch.where(torch.arange(len(value)) == 5, torch.nan, value)
+
+    _, sums, ledger = gradient(reward=sometimes, gradient={"kind": "lv", "n": 2})
+    assert ledger.reward_failures == 1
+    torch.testing.assert_close(sums["reward_valid"], torch.tensor(11 / 3))
+
+
+@pytest.mark.parametrize(("make", "kind"), [(tiny_sd, {"kind": "lv", "n": 1}), (tiny_sd3, {"kind": "sparse", "k": 2})])
+def test_a_step_of_the_newer_rules_moves_the_weights(make, kind):
+    t = trainer(make, gradient=kind, kl_weight=0.1)
+    perturb(t.policy)
+    before = [p.clone() for p in t.parameters]
+    row = t.train(PROMPTS, steps=1).rows[0]
+    assert all(math.isfinite(row[name]) for name in ("loss", "reward", "prediction_mse"))
+    assert row["grad_norm"] > 0
+    assert row["prediction_mse"] > 0
+    assert not any(torch.equal(p, q) for p, q in zip(t.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ({"kind": "sparse", "k": 5}, "gradient asks for 5 steps with gradient but num_inference_steps is 4; lower it"),
+        ({"kind": "sparse", "late_bias": -1}, "greater than or equal to 0"),
+        ({"kind": "lv", "n": 0}, "greater than 0"),
+        ({"kind": "lv", "skip": 4}, "gradient.skip = 4 leaves no step of num_inference_steps = 4; use 0, or 1 with"),
+    ],
+)
+def test_rules_that_do_not_fit_are_refused_in_words(kind, words):
+    with pytest.raises(ValueError, match=words):
+        trainer(gradient=kind)
 
 
 def test_hinge_stops_pushing_past_its_target():

@@ -1,19 +1,31 @@
 """Gradients of every rule against central differences of its own surrogate, in float64 on tiny real models.
 
 The surrogate of a rule freezes what the rule stops: outputs of steps without gradient, and with detached inputs the
-states that the network sees, at the values recorded with the unperturbed weights.
+states that the network sees, and under a low-variance rule the x_0 that is noised again, at the values recorded with
+the unperturbed weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffalign.laws import DDIM, FlowSDE, Law, Prediction, Schedule
+from diffalign.laws import DDIM, FlowODE, FlowSDE, Law, Prediction, Schedule
 from diffalign.noise import generator, normal
 from diffalign.policies import Policy
-from diffalign.rollout import DRTune, Full, GradientRule, LastK, Plan, RandomK, differentiable_rollout, rollout
+from diffalign.rollout import (
+    DRTune,
+    Full,
+    GradientRule,
+    LastK,
+    LowVariance,
+    Plan,
+    RandomK,
+    Sparse,
+    differentiable_rollout,
+    rollout,
+)
 from tests.tiny import tiny_sd, tiny_sd3
 
 STEPS = 4
@@ -96,6 +108,8 @@ def surrogate(problem: Problem, plan: Plan):
         policy.predict(x, schedule.level(i), condition, GUIDANCE).output for i, x in enumerate(recorded.states[:-1])
     ]
 
+    noisy = renoised(problem, plan, outputs, recorded.states)
+
     def evaluate() -> Tensor:
         x = recorded.states[0]
         for i in range(STEPS):
@@ -105,7 +119,8 @@ def surrogate(problem: Problem, plan: Plan):
                 output = policy.predict(seen, schedule.level(i), condition, GUIDANCE).output
             prediction = Prediction(output, x, schedule.level(i), policy.prediction_kind())
             if i == plan.stop:
-                return objective(prediction.x0)
+                again = [policy.predict(state, schedule.level(i), condition, GUIDANCE).x0 for state in noisy]
+                return objective(torch.cat([prediction.x0, *again]))
             noise = normal((4, 8, 8), seed=5, purpose="step", rows=ROWS, step=i, dtype=torch.float64)
             x = law.step(prediction, schedule.target(i)).sample(noise)
         return objective(x)
@@ -113,9 +128,34 @@ def surrogate(problem: Problem, plan: Plan):
     return evaluate
 
 
-@pytest.mark.parametrize(
-    "rule", [Full(), LastK(1), LastK(3), RandomK(2, 3), DRTune(2, 0.0), DRTune(2, 0.5), DRTune(1, 0.5)], ids=repr
-)
+def renoised(problem: Problem, plan: Plan, outputs: list[Tensor], states: list[Tensor]) -> list[Tensor]:
+    """The recorded prediction of x_0 at the stop, noised to that level again."""
+    if not plan.renoised:
+        return []
+    level = problem.schedule.level(plan.stop)
+    x0 = Prediction(outputs[plan.stop], states[plan.stop], level, problem.policy.prediction_kind()).x0
+    draws = [
+        normal((4, 8, 8), seed=5, purpose="renoise", rows=ROWS, step=j, dtype=torch.float64)
+        for j in range(plan.renoised)
+    ]
+    return [float(level.alpha) * x0 + float(level.sigma) * noise for noise in draws]
+
+
+RULES = [
+    Full(),
+    LastK(1),
+    LastK(3),
+    RandomK(2, 3),
+    DRTune(2, 0.0),
+    DRTune(2, 0.5),
+    DRTune(1, 0.5),
+    Sparse(2),
+    LowVariance(2),
+    LowVariance(1, skip=2),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_each_rule_is_the_gradient_of_its_own_surrogate(problem: Problem, rule: GradientRule) -> None:
     plan = rule.plan(STEPS, generator(3, "truncation", 0))
     found, _ = analytic(problem, plan)
@@ -134,6 +174,41 @@ def test_full_is_the_gradient_of_the_true_objective(problem: Problem) -> None:
     found, _ = analytic(problem, Full().plan(STEPS, generator(0, "truncation", 0)))
     expected = central_difference(policy, truth)
     assert abs(found - expected) < 1e-6 * abs(expected), (found, expected)
+
+
+@pytest.mark.parametrize("problem", ["sd3"], indirect=True)
+def test_sparse_is_the_straight_through_surrogate_of_flowbp(problem: Problem) -> None:
+    """Velocities recorded, k of them evaluated again, x_0 from all by Euler's sum, put on the sample: written out."""
+    problem = replace(problem, law=FlowODE())
+    policy, schedule, sigma = problem.policy, problem.schedule, problem.schedule.sigma
+    condition, parameters = policy.encode(["a bad dog"]), list(policy.trainable().values())
+    recorded = rollout(policy, condition, problem.law, schedule, record_states=True, **problem.arguments())
+    steps = [1, 2]
+    x0 = recorded.states[0]
+    for i, state in enumerate(recorded.states[:-1]):
+        velocity = policy.predict(state, schedule.level(i), condition, GUIDANCE).output
+        x0 = x0 + (sigma[i + 1] - sigma[i]) * (velocity if i in steps else velocity.detach())
+    through = recorded.latents + (x0 - x0.detach())
+    expected = torch.autograd.grad(objective(through), parameters)
+
+    plans = [Sparse(2).plan(STEPS, generator(i, "truncation", 0)) for i in range(20)]
+    plan = next(plan for plan in plans if list(plan.graded) == steps)
+    trajectory = differentiable_rollout(
+        policy, condition, problem.law, schedule, plan=plan, checkpoint=False, **problem.arguments()
+    )
+    assert torch.equal(trajectory.latents, recorded.latents)
+    found = torch.autograd.grad(objective(trajectory.latents), parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("problem", ["sd3"], indirect=True)
+def test_the_last_step_of_sd3_has_next_to_no_gradient_and_can_be_skipped(problem: Problem) -> None:
+    def size(rule: GradientRule) -> float:
+        _, gradients = analytic(problem, rule.plan(STEPS, generator(0, "truncation", 0)))
+        return float(torch.cat([g.flatten() for g in gradients]).norm())
+
+    assert size(LowVariance(2)) < 0.03 * size(LowVariance(2, skip=1))
 
 
 def test_the_unconditional_branch_can_be_left_out(problem: Problem) -> None:
@@ -161,7 +236,7 @@ def test_the_unconditional_branch_can_be_left_out(problem: Problem) -> None:
 
 
 def test_checkpointing_changes_no_gradient(problem: Problem) -> None:
-    for plan in (Plan((1, 3)), Plan((0, 2), detach_input=True, stop=3)):
+    for plan in (Plan((1, 3)), Plan((0, 2), detach_input=True, stop=3), Plan((2,), stop=2, renoised=2)):
         _, stored = analytic(problem, plan, checkpoint=False)
         _, repeated = analytic(problem, plan, checkpoint=True)
         assert all(torch.equal(a, b) for a, b in zip(stored, repeated, strict=True))
@@ -196,3 +271,22 @@ def test_distances_to_the_reference_and_their_gradients(problem: Problem) -> Non
         found = sum(float((g * d).sum()) for g, d in zip(gradients, direction(policy), strict=True))
         expected = central_difference(policy, lambda index=index: distances()[index])
         assert abs(found - expected) < 1e-5 * abs(expected)
+
+
+@torch.no_grad()
+def test_the_distance_is_a_mean_over_renoised_predictions_too(problem: Problem) -> None:
+    policy, law, schedule, plan = problem.policy, problem.law, problem.schedule, Plan((2,), stop=2, renoised=2)
+    condition, level = policy.encode(["a bad dog"]), schedule.level(2)
+    states = rollout(policy, condition, law, schedule, record_states=True, **problem.arguments()).states
+    outputs = [policy.predict(x, schedule.level(i), condition, GUIDANCE).output for i, x in enumerate(states[:3])]
+    squares = []
+    for x in [states[2], *renoised(problem, plan, outputs, states)]:
+        now = policy.predict(x, level, condition, GUIDANCE).output
+        with policy.reference():
+            squares.append((now - policy.predict(x, level, condition, GUIDANCE).output).square().mean())
+    with torch.enable_grad():
+        trajectory = differentiable_rollout(
+            policy, condition, law, schedule, plan=plan, reference=True, **problem.arguments()
+        )
+    torch.testing.assert_close(trajectory.prediction_mse, torch.stack(squares).mean()[None], rtol=1e-10, atol=0)
+    assert trajectory.kl is None

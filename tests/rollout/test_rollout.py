@@ -6,8 +6,20 @@ import pytest
 import torch
 
 from diffalign.laws import DDIM, FlowSDE, Law
+from diffalign.noise import generator
 from diffalign.policies import Policy
-from diffalign.rollout import Full, LastK, Plan, Trajectory, differentiable_rollout, log_probs, rollout, transition
+from diffalign.rollout import (
+    Full,
+    LastK,
+    LowVariance,
+    Plan,
+    Sparse,
+    Trajectory,
+    differentiable_rollout,
+    log_probs,
+    rollout,
+    transition,
+)
 from tests.tiny import tiny_sd, tiny_sd3
 
 PROMPTS = ["a bad dog", "a fine lake", "a bad dog"]
@@ -98,6 +110,44 @@ def test_a_differentiable_rollout_is_the_same_sample(family: str) -> None:
     assert (early.latents - trajectory.latents).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_renoised_predictions_follow_the_first_and_differ_by_their_noise(family: str) -> None:
+    policy, law = policy_and_law(family)
+    condition, schedule = policy.encode(PROMPTS), policy.schedule(3)
+    first = differentiable_rollout(policy, condition, law, schedule, plan=Plan((1,), stop=1), **CHAIN).latents
+    plan = Plan((1,), stop=1, renoised=2)
+    run = differentiable_rollout(policy, condition, law, schedule, plan=plan, **CHAIN)
+    base, one, two = run.latents.split(3)
+    assert torch.equal(base, first)
+    assert min((a - b).abs().amax((1, 2, 3)).min() for a, b in [(base, one), (base, two), (one, two)]) > 1e-3
+    alone = CHAIN | {"rows": [ROWS[1]]}
+    row = differentiable_rollout(policy, condition.rows([1]), law, schedule, plan=plan, **alone).latents
+    torch.testing.assert_close(row, run.latents[1::3], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_memory_of_sparse_steps_does_not_grow_with_the_others(family: str) -> None:
+    """What the graph holds of k = 2 evaluations among 3 and among 9 steps: the rest adds coefficients only."""
+    policy, law = policy_and_law(family)
+    condition, held = policy.encode(PROMPTS), {}
+    for steps in (3, 9):
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, saved: dict[int, int] = saved) -> torch.Tensor:
+            if tensor.grad_fn is not None or tensor.numel() > len(ROWS):
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            plan = Plan((0, 2), detach_input=True)
+            run = differentiable_rollout(
+                policy, condition, law, policy.schedule(steps), plan=plan, checkpoint=False, **CHAIN
+            )
+        held[steps] = sum(saved.values())
+        del run
+    assert held[3] == held[9] > 100_000
+
+
 def test_cost_is_counted() -> None:
     policy, law = policy_and_law("sd3")
     trajectory, (condition, _, schedule) = recorded(policy, law)
@@ -107,6 +157,14 @@ def test_cost_is_counted() -> None:
     run = differentiable_rollout(policy, condition, law, schedule, plan=Plan((0, 1)), reference=True, **CHAIN)
     assert run.ledger.denoiser_evaluations == 3 * 2 * (3 + 2)
     assert run.ledger.backward_passes == 3 * 2 * 2
+    sparse = Sparse(2).plan(3, generator(0, "truncation", 0))
+    run = differentiable_rollout(policy, condition, law, schedule, plan=sparse, **CHAIN)
+    assert (run.ledger.denoiser_evaluations, run.ledger.backward_passes) == (3 * 2 * 3, 3 * 2 * 2)
+    again = LowVariance(2, skip=1).plan(3, generator(0, "truncation", 0))
+    run = differentiable_rollout(policy, condition, law, schedule, plan=again, **CHAIN)
+    assert (run.ledger.denoiser_evaluations, run.ledger.backward_passes) == (3 * 2 * (2 + 2), 3 * 2 * 3)
+    run = differentiable_rollout(policy, condition, law, schedule, plan=again, reference=True, **CHAIN)
+    assert run.ledger.denoiser_evaluations == 3 * 2 * (2 + 2 + 3)
 
 
 @pytest.mark.parametrize("family", ["sd", "sd3"])
