@@ -8,7 +8,7 @@ INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --no-compile
 # OpenMP's threads spin while they wait by default, which is many times slower as soon as another process wants the cores.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check verify install clean
+.PHONY: demo test check verify docs install clean
 
 demo: .venv/core.stamp ## fine-tune the shipped Stable Diffusion pipeline (or go on with it), and print where the report is
 	$(PY) -m diffalign train pipelines/demo.yaml resume_from_checkpoint=latest
@@ -23,6 +23,9 @@ check: .venv/dev.stamp ## lint, format, types of the maths and of the recipes, f
 	$(PY) -m pytest -q tests/test_floors.py
 
 verify: check test demo ## everything above
+
+docs: .venv/docs.stamp ## the documentation, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: .venv/core.stamp ## the virtual environment in .venv, without the tools for development
 
@@ -42,4 +45,8 @@ clean: ## remove the virtual environment and the runs of the demo
 	$(INSTALL) -e '.[dev]'
 	rm -rf .venv/open_clip
 	$(INSTALL) --no-deps --target .venv/open_clip open_clip_torch timm torchvision ftfy wcwidth
+	touch $@
+
+.venv/docs.stamp: .venv/core.stamp
+	$(INSTALL) -e '.[docs]'
 	touch $@

@@ -1,5 +1,6 @@
 """The command line: exit statuses, one screen, what is imported, listings and copies."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -76,6 +77,38 @@ def test_a_wrong_recipe_ends_with_status_2_on_one_screen(folder, text, told):
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("command", [("doctor",), ("train", "--dry-run")], ids=" ".join)
+def test_a_check_of_a_wrong_recipe_ends_with_status_2(folder, command):
+    done = diffalign_command(folder, *command, "recipe.yaml", "learning_rate=0")
+    assert done.returncode == WRONG_INPUT
+    assert "learning_rate = 0" in done.stderr
+    assert "LOADED []" in done.stdout
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("PASS", 0), ("WARN", 0), ("FAIL", 1)])
+def test_the_doctor_ends_with_1_where_a_check_fails(folder, monkeypatch, capsys, verdict, status):
+    from diffalign.cli import doctor
+    from diffalign.engine import doctor as engine
+
+    finding = engine.Finding("memory", verdict, "about 9 of 8 GiB [each]", "" if verdict == "PASS" else "set [this]")
+    monkeypatch.setattr(engine, "examine", lambda recipe: iter([finding, finding]))
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext() as ended:
+        doctor.run("recipe.yaml", [], [])
+    assert not status or ended.value.code == status
+    lines = [f"{verdict}  memory: about 9 of 8 GiB [each]", *([] if verdict == "PASS" else ["      set [this]"])]
+    assert capsys.readouterr().out.splitlines() == lines * 2
+
+
+def test_the_doctor_without_a_recipe_tells_the_machine(capsys):
+    from diffalign.cli import doctor
+
+    doctor.run(None, [], [])
+    out = capsys.readouterr().out
+    assert out.startswith("versions")
+    assert "attention native" in out
+
+
 def test_an_option_instead_of_an_override(folder):
     done = diffalign_command(folder, "train", "recipe.yaml", "--learning-rate", "1e-3")
     assert done.returncode == WRONG_INPUT
@@ -83,7 +116,16 @@ def test_an_option_instead_of_an_override(folder):
 
 
 @pytest.mark.parametrize(
-    "args", [("--help",), ("train", "--help"), ("sample", "--help"), ("show", "--help"), ("cp", "--help"), ("ls",)]
+    "args",
+    [
+        ("--help",),
+        ("train", "--help"),
+        ("doctor", "--help"),
+        ("sample", "--help"),
+        ("show", "--help"),
+        ("cp", "--help"),
+        ("ls",),
+    ],
 )
 def test_help_and_listings_load_nothing_heavy(folder, args):
     done = diffalign_command(folder, *args)

@@ -39,12 +39,33 @@ def train(
         list[Path] | None,
         typer.Option(help="a Python file to run first, which registers rewards or methods of your own"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="two steps on tiny random weights of the same classes, and nothing kept")
+    ] = False,
 ) -> None:
     """Fine-tune a pipeline as a recipe says; resume_from_checkpoint=latest goes on where it stopped.
 
     Example: [bold]diffalign train shapes-sd-alignprop max_train_steps=20 output_dir=runs/short[/bold]
     """
     from diffalign.cli import train as command
+
+    command.run(recipe, overrides or [], plugin or [], dry_run=dry_run)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="a recipe to check; without one, this machine")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")] = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="a Python file to run first, which registers rewards or methods of your own"),
+    ] = None,
+) -> None:
+    """Say what this machine can do; with a recipe, load it and check sampler, gradients, memory and disk.
+
+    Example: [bold]diffalign doctor shapes-sd-alignprop[/bold]
+    """
+    from diffalign.cli import doctor as command
 
     command.run(recipe, overrides or [], plugin or [])
 

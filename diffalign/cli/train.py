@@ -11,11 +11,15 @@ from pathlib import Path
 from diffalign.config import Problem, Recipe, RecipeError, load_recipe
 
 
-def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path]) -> None:
-    """Checks the whole recipe, then trains and prints where the report is."""
+def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path], *, dry_run: bool = False) -> None:
+    """Checks the whole recipe, then trains and prints where the report is; or tries it out and prints what held."""
     for plugin in plugins:
         load_plugin(plugin)
     checked = load_recipe(recipe, overrides)
+
+    if dry_run:
+        _try_out(checked)
+        return
 
     from diffalign.cli.figures import print_figures
     from diffalign.cli.terminal import quiet_loading
@@ -26,6 +30,15 @@ def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path]) -> None:
     if os.environ.get("RANK", "0") == "0":  # one of several processes that accelerate started
         print_figures(report.parent)
         print(f"report: {report}")
+
+
+def _try_out(recipe: Recipe) -> None:
+    from diffalign.cli.terminal import only_errors, quiet_loading
+    from diffalign.engine.dry_run import dry_run
+
+    quiet_loading()
+    only_errors()  # tiny tokenizers cut prompts off, which says nothing about the recipe
+    print(dry_run(recipe))
 
 
 def load_plugin(path: Path) -> None:

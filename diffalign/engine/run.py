@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffalign import media, report, rewards
@@ -18,6 +19,7 @@ from diffalign.engine.checkpoint import load_checkpoint, save_checkpoint
 from diffalign.engine.evaluate import Evaluation, image_diversity, sample_images, score_images
 from diffalign.engine.interrupt import deferred_interrupt
 from diffalign.engine.load import load_policy
+from diffalign.engine.parting import Parting
 from diffalign.engine.summary import compare_with_reference
 from diffalign.engine.tracking import Metrics
 from diffalign.finetune import Trainer, trainer_class
@@ -50,6 +52,7 @@ class Run:
     train_reward: Reward
     heldout: dict[str, Reward]
     prompts: dict[str, list[Prompt]]
+    parting: Parting = field(default_factory=Parting)
 
     @property
     def judges(self) -> dict[str, Reward]:
@@ -62,14 +65,18 @@ class Run:
         return self.trainer.accelerator.is_main_process
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, policy: Policy | None = None) -> Path:
     """Runs a recipe and returns the path of its report.
+
+    Args:
+        recipe: all that is to be done.
+        policy: loaded already, in the place of the recipe's pipeline.
 
     Raises:
         FileExistsError: the folder holds a run and `resume_from_checkpoint` is not set: nothing is overwritten.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step was written.
     """
-    run = build(recipe)
+    run = build(recipe, policy)
     step = resume(run)
     metrics = Metrics(run.output_dir, recipe.report_to, resume_step=step, accelerator=run.trainer.accelerator)
     if run.is_main:
@@ -87,9 +94,9 @@ def train(recipe: Recipe) -> Path:
     return run.output_dir / "report.html"
 
 
-def build(recipe: Recipe) -> Run:
-    """Loads everything that the recipe names."""
-    policy, adapter = load_policy(recipe.pipeline), recipe.adapter
+def build(recipe: Recipe, policy: Policy | None = None) -> Run:
+    """Loads everything that the recipe names, but the pipeline where a policy is given."""
+    policy, adapter = policy or load_policy(recipe.pipeline), recipe.adapter
     if adapter.path is None:
         policy.add_lora(adapter.rank, adapter.alpha, adapter.target_modules, seed=recipe.seed)
     else:
@@ -105,9 +112,25 @@ def build(recipe: Recipe) -> Run:
         policy=policy,
         trainer=trainer,
         train_reward=train_reward,
-        heldout={name: rewards.load(name).to(policy.device) for name in recipe.rewards.heldout},
+        heldout=load_heldout(recipe, train_reward.name, policy.device),
         prompts={split: read_prompts(getattr(recipe.prompts, split)) for split in SPLITS},
     )
+
+
+def load_heldout(recipe: Recipe, train_reward: str, device: torch.device) -> dict[str, Reward]:
+    """The held-out rewards by their own names, which head columns and curves.
+
+    Raises:
+        ValueError: two rewards that the recipe names by file have one name, and would share a column.
+    """
+    found: dict[str, Reward] = {}
+    for reward in (rewards.load(name).to(device) for name in recipe.rewards.heldout):
+        if reward.name in (train_reward, *found):
+            raise ValueError(
+                f"two rewards of the recipe have the name {reward.name!r}: rename one in its reward recipe"
+            )
+        found[reward.name] = reward
+    return found
 
 
 def resume(run: Run) -> int:
@@ -127,6 +150,7 @@ def resume(run: Run) -> int:
         return 0
     step, tree = found
     run.trainer.load_state_dict(tree)
+    run.parting.load_state_dict(tree.get("parting", {}))
     return step
 
 
@@ -155,7 +179,7 @@ def checkpoint(run: Run) -> None:
         save_checkpoint(
             run.output_dir / "checkpoints",
             run.trainer.step,
-            run.trainer.state_dict(),
+            run.trainer.state_dict() | {"parting": run.parting.state_dict()},
             total_limit=run.recipe.checkpoints_total_limit,
         )
     run.trainer.accelerator.wait_for_everyone()
@@ -187,6 +211,11 @@ def record_validation(run: Run, evaluation: Evaluation) -> Row:
         folder.mkdir(parents=True, exist_ok=True)
         picture = media.grid(media.from_uint8(evaluation.images[:GRID_IMAGES]))
         media.save_png(picture, folder / f"validation-{run.trainer.step:06d}.png")
+    for sentence in run.parting.look(
+        run.trainer.step, evaluation, run.train_reward.name, run.output_dir / "checkpoints"
+    ):
+        if run.is_main:
+            logger.warning("%s", sentence)
     means = evaluation.means()
     row = {f"heldout/{name}": means[name] for name in run.heldout}
     row[f"validation/{run.train_reward.name}"] = means[run.train_reward.name]

@@ -1,0 +1,46 @@
+"""`diffalign doctor`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from diffalign.cli.errors import FAILED
+from diffalign.cli.train import load_plugin
+from diffalign.config import load_recipe
+
+COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
+
+
+def run(recipe: str | None, overrides: Sequence[str], plugins: Sequence[Path]) -> None:
+    """Prints what this machine is, and with a recipe whether that is well; exits with 1 where a check fails."""
+    for plugin in plugins:
+        load_plugin(plugin)
+    checked = None if recipe is None else load_recipe(recipe, overrides)
+
+    from diffalign.cli.terminal import quiet_loading
+    from diffalign.engine.machine import facts
+
+    quiet_loading()
+    console = Console(highlight=False)
+    if checked is None:
+        for name, text in facts():
+            console.print(Text(f"{name:18}", style="bold").append(text, style="not bold"), soft_wrap=True)
+        return
+
+    from diffalign.engine.doctor import examine
+
+    failed = 0
+    for finding in examine(checked):
+        failed += finding.verdict == "FAIL"
+        line = Text(f"{finding.verdict}  ", style=COLOURS[finding.verdict])
+        line.append(f"{finding.check}: {finding.figure}", style="default not bold")
+        console.print(line, soft_wrap=True)
+        if finding.remedy:
+            console.print(f"      {finding.remedy}", soft_wrap=True, markup=False)
+    if failed:
+        sys.exit(FAILED)
