@@ -15,7 +15,7 @@ from diffalign import rewards
 from diffalign.cli.train import load_plugin
 from diffalign.config import Recipe, load_recipe
 from diffalign.data import Prompt
-from diffalign.finetune import METHODS
+from diffalign.finetune import METHODS, TRAINERS, trainer_class
 from diffalign.laws import DDIM, FlowODE, FlowSDE
 from diffalign.policies import POLICIES, Policy
 from diffalign.rollout import log_probs, rollout
@@ -69,7 +69,7 @@ def test_the_example_of_the_guide_to_rewards_runs(capsys):
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """Loads the example of CONTRIBUTING.md whose first line names that file, by the door of `--plugin`."""
-    for registry in (rewards.REWARDS, POLICIES):
+    for registry in (rewards.REWARDS, POLICIES, TRAINERS):
         monkeypatch.setattr(registry, "_things", dict(registry._things))
     methods = dict(METHODS)
 
@@ -104,6 +104,7 @@ def test_the_example_of_a_trainer_takes_the_score_functions_gradient(plugin):
     module = plugin("reinforce.py")
     recipe = load_recipe("shapes-sd-alignprop", ["method={name: reinforce, eta: 0.5}"])
     assert recipe.method.eta == 0.5
+    assert trainer_class(recipe.method.name) is module.Reinforce
 
     first = rewards.as_reward(lambda images, *_: torch.arange(len(images)) % 2 == 0, "first", differentiable=False)
     settings = {"num_prompts_per_step": 2, "group_size": 2, "num_inference_steps": 3, "guidance_scale": 1.0}

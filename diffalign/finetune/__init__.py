@@ -8,9 +8,9 @@ from diffalign.finetune.config import METHODS, RewardBackpropConfig, TrainingCon
 
 if TYPE_CHECKING:
     from diffalign.finetune.reward_backprop import RewardBackprop
-    from diffalign.finetune.trainer import History, Trainer
+    from diffalign.finetune.trainer import TRAINERS, History, Trainer
 
-__all__ = ["METHODS", "History", "RewardBackprop", "RewardBackpropConfig", "Trainer", "TrainingConfig", "trainer_class"]
+__all__ = ["METHODS", "TRAINERS", "History", "RewardBackprop", "RewardBackpropConfig", "Trainer", "TrainingConfig", "trainer_class"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
         from diffalign.finetune.reward_backprop import RewardBackprop
 
         return RewardBackprop
-    if name in ("Trainer", "History"):
+    if name in ("TRAINERS", "Trainer", "History"):
         from diffalign.finetune import trainer
 
         return getattr(trainer, name)
@@ -27,7 +27,8 @@ def __getattr__(name: str) -> Any:
 
 
 def trainer_class(method: str) -> type[Trainer]:
-    """The trainer of a method by its recipe name, one of `METHODS`."""
-    from diffalign.finetune.reward_backprop import RewardBackprop
+    """The trainer of a method by its recipe name, one of `METHODS`; UnknownName where none is registered."""
+    from diffalign.finetune import reward_backprop  # noqa: F401  registers its own
+    from diffalign.finetune.trainer import TRAINERS
 
-    return {"reward_backprop": RewardBackprop}[method]
+    return TRAINERS.get(method)

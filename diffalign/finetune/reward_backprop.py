@@ -36,7 +36,7 @@ from torch import Tensor
 
 from diffalign.data import Prompt
 from diffalign.finetune.config import RewardBackpropConfig
-from diffalign.finetune.trainer import Trainer
+from diffalign.finetune.trainer import TRAINERS, Trainer
 from diffalign.laws import default_law
 from diffalign.ledger import Ledger
 from diffalign.noise import Address, generator
@@ -55,6 +55,7 @@ from diffalign.rollout import (
 )
 
 
+@TRAINERS.register("reward_backprop")
 class RewardBackprop(Trainer):
     """Trains the adapter by the gradient of a differentiable reward.
 

@@ -23,9 +23,13 @@ from diffalign.data import Prompt, PromptSampler
 from diffalign.finetune.config import Settings, TrainingConfig
 from diffalign.ledger import Ledger
 from diffalign.policies import Policy
+from diffalign.registry import Registry
 from diffalign.rewards import Reward, as_reward
 
 Row = dict[str, float]
+
+TRAINERS: Registry[type[Trainer]] = Registry("trainer")
+"""Methods by the name that a recipe gives them; `METHODS` has their settings under the same name."""
 
 
 def peak_memory(device: torch.device) -> int:
