@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from diffalign.finetune.reward_backprop import RewardBackprop
     from diffalign.finetune.trainer import TRAINERS, History, Trainer
 
-__all__ = ["METHODS", "TRAINERS", "History", "RewardBackprop", "RewardBackpropConfig", "Trainer", "TrainingConfig", "trainer_class"]
+__all__ = [
+    "METHODS",
+    "TRAINERS",
+    "History",
+    "RewardBackprop",
+    "RewardBackpropConfig",
+    "Trainer",
+    "TrainingConfig",
+    "trainer_class",
+]
 
 
 def __getattr__(name: str) -> Any:
