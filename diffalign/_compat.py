@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import sys
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ def ensure_torchvision() -> Literal["absent", "native", "repaired"]:
         "repaired": it works because of the declared schemas.
     """
     if importlib.util.find_spec("torchvision") is None:
+        # transformers 5 says twice, as diffusers is imported, that it takes Pillow instead, which is what we want.
+        logging.getLogger("transformers.utils.import_utils").addFilter(_is_news)
         return "absent"
     try:
         importlib.import_module("torchvision")
@@ -43,3 +46,7 @@ def ensure_torchvision() -> Literal["absent", "native", "repaired"]:
     _libraries.append(library)
     importlib.import_module("torchvision")
     return "repaired"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "requires torchvision (not installed)" not in record.getMessage()

@@ -1,6 +1,10 @@
 """The repaired torchvision is enough for open_clip, in a process beside the other libraries."""
 
+import logging
+
 import pytest
+
+from diffalign._compat import ensure_torchvision
 
 
 @pytest.mark.timeout(400)  # the first imports compile timm and torchvision
@@ -13,3 +17,14 @@ def test_open_clip_and_diffusers_run_beside_a_cpu_torch(with_open_clip):
         "print(transform(image).mean((1, 2)).tolist())"
     )
     assert printed.splitlines()[-1] == "[1.0, 0.0, 0.0]"
+
+
+def test_without_torchvision_only_the_word_that_pillow_is_taken_is_left_out(monkeypatch):
+    logger = logging.getLogger("transformers.utils.import_utils")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert ensure_torchvision.__wrapped__() == "absent"
+    said = "`CLIPImageProcessor` requires torchvision (not installed); falling back to `CLIPImageProcessorPil`"
+    for message in (said, "another warning"):
+        record = logger.makeRecord(logger.name, logging.WARNING, __file__, 1, message, (), None)
+        assert bool(logger.filter(record)) is (message != said)
