@@ -18,10 +18,10 @@ from diffalign.data import Prompt
 from diffalign.finetune import METHODS, TRAINERS, trainer_class
 from diffalign.laws import DDIM, FlowODE, FlowSDE
 from diffalign.policies import POLICIES, Policy
+from diffalign.policies.tiny import finish, t5_tokenizer, tiny_sd, vae
 from diffalign.rollout import log_probs, rollout
 from tests.policies.contract import Family
 from tests.policies.test_contract import PROPERTIES
-from tests.tiny import finish, t5_tokenizer, tiny_sd, vae
 
 ROOT = Path(__file__).parent.parent
 

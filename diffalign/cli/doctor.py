@@ -10,17 +10,14 @@ from rich.console import Console
 from rich.text import Text
 
 from diffalign.cli.errors import FAILED
-from diffalign.cli.train import load_plugin
-from diffalign.config import load_recipe
+from diffalign.cli.train import load_checked
 
 COLOURS = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
 
 
 def run(recipe: str | None, overrides: Sequence[str], plugins: Sequence[Path]) -> None:
     """Prints what this machine is, and with a recipe whether that is well; exits with 1 where a check fails."""
-    for plugin in plugins:
-        load_plugin(plugin)
-    checked = None if recipe is None else load_recipe(recipe, overrides)
+    checked = None if recipe is None else load_checked(recipe, overrides, plugins)
 
     from diffalign.cli.terminal import quiet_loading
     from diffalign.engine.machine import facts

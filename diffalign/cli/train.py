@@ -13,10 +13,7 @@ from diffalign.config import Problem, Recipe, RecipeError, load_recipe
 
 def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path], *, dry_run: bool = False) -> None:
     """Checks the whole recipe, then trains and prints where the report is; or tries it out and prints what held."""
-    for plugin in plugins:
-        load_plugin(plugin)
-    checked = load_recipe(recipe, overrides)
-
+    checked = load_checked(recipe, overrides, plugins)
     if dry_run:
         _try_out(checked)
         return
@@ -30,6 +27,13 @@ def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path], *, dry_r
     if os.environ.get("RANK", "0") == "0":  # one of several processes that accelerate started
         print_figures(report.parent)
         print(f"report: {report}")
+
+
+def load_checked(recipe: str, overrides: Sequence[str], plugins: Sequence[Path]) -> Recipe:
+    """Runs the plug-ins and checks the whole recipe, before anything heavy is imported."""
+    for plugin in plugins:
+        load_plugin(plugin)
+    return load_recipe(recipe, overrides)
 
 
 def _try_out(recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffalign import media, rewards
+from diffalign.data import Prompt
 from diffalign.engine.evaluate import sample_images
 from diffalign.engine.footprint import footprint
 from diffalign.engine.machine import GIB, free_disk
@@ -84,8 +85,7 @@ def parity(run: Run) -> Finding:
         law = default_law(schedule.kind)
         where = {"rows": [(prompt.id, 0)], "seed": run.recipe.seed, "guidance_scale": guidance}
         ours = rollout(policy, policy.encode([prompt.text]), law, schedule, **where).latents
-        noise = normal(policy.latent_shape(), seed=run.recipe.seed, purpose="initial", rows=[(prompt.id, 0)])
-        theirs = call_pipeline(policy, prompt.text, policy.initial_latents(noise.to(ours)), steps, guidance)
+        theirs = call_pipeline(policy, prompt.text, first_state(run, prompt), steps, guidance)
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     bound = 1e-4 if policy.dtype in (torch.float32, torch.float64) else 5e-2
     figure = f"latents differ by {difference:.1g} of the largest, after {steps} steps (bound {bound:g})"
@@ -96,6 +96,15 @@ def parity(run: Run) -> Finding:
         "FAIL",
         figure,
         "look for a pipeline setting that policies do not follow: its class in `diffalign.policies` lists them",
+    )
+
+
+def first_state(run: Run, prompt: Prompt) -> Tensor:
+    """The state (1, C, h, w) that the first rollout of a prompt starts from."""
+    policy = run.policy
+    where = {"device": policy.device, "dtype": policy.state_dtype}
+    return policy.initial_latents(
+        normal(policy.latent_shape(), seed=run.recipe.seed, purpose="initial", rows=[(prompt.id, 0)], **where)
     )
 
 
@@ -209,8 +218,7 @@ def identity(run: Run) -> Finding:
     """The first prediction with the adapter and without: equal, unless the recipe starts from a LoRA."""
     policy, prompt = run.policy, run.prompts["train"][0]
     condition, schedule = policy.encode([prompt.text]), policy.schedule(STEPS)
-    noise = normal(policy.latent_shape(), seed=run.recipe.seed, purpose="initial", rows=[(prompt.id, 0)])
-    x = policy.initial_latents(noise.to(policy.device, policy.state_dtype))
+    x = first_state(run, prompt)
     level = schedule.level(0, policy.device).expand(1)
     with torch.no_grad():
         tuned = policy.predict(x, level, condition).output

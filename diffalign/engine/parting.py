@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffalign.engine.checkpoint import defect
 from diffalign.engine.evaluate import Evaluation
-from diffalign.report import compare
+from diffalign.report import compare, is_oracle
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Parting:
         ids = [prompt.id for prompt in evaluation.prompts]
         told = []
         for name, values in evaluation.scores.items():
-            if name == proxy or name.endswith("oracle") or not values.isfinite().any():
+            if name == proxy or is_oracle(name) or not values.isfinite().any():
                 continue
             best = self.best.get(name)
             if best is None or means[name] > float(best.values.nanmean()):

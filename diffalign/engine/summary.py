@@ -13,7 +13,7 @@ from diffalign.engine.evaluate import Evaluation, image_diversity
 from diffalign.engine.tracking import read_metrics
 from diffalign.ledger import Ledger
 from diffalign.noise import normal
-from diffalign.report import Figure, Pair, Summary, compare
+from diffalign.report import Figure, Pair, Summary, compare, is_oracle
 from diffalign.rewards import Reward
 from diffalign.versions import versions
 
@@ -86,8 +86,7 @@ def figures(judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation) -
     ids = [p.id for p in base.prompts]
     found = []
     for position, name in enumerate(judges):
-        # An oracle is told by its name: it is no learned model and its mean is a share of correct images.
-        oracle = name.endswith("oracle")
+        oracle = is_oracle(name)
         kind = "training" if position == 0 else "oracle" if oracle else "heldout"
         found.append(compare(name, kind, base.scores[name], tuned.scores[name], ids, unit="%" if oracle else ""))
     before, after = (image_diversity(e, judges) for e in (base, tuned))

@@ -32,6 +32,9 @@ from transformers import (  # noqa: E402
 )
 
 TOKENS = 16
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+DDIM = BETAS | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+"""Stable Diffusion's scheduler."""
 
 
 def tiny_sd(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: Any) -> StableDiffusionPipeline:
@@ -47,20 +50,12 @@ def tiny_sd(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: Any)
         attention_head_dim=8,
         norm_num_groups=8,
     )
-    settings = {
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }
     pipe = StableDiffusionPipeline(
         vae=vae(),
         text_encoder=CLIPTextModel(clip_config()),
         tokenizer=clip_tokenizer(),
         unet=unet,
-        scheduler=DDIMScheduler(**(settings | scheduler)),
+        scheduler=DDIMScheduler(**(DDIM | scheduler)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -86,7 +81,7 @@ def tiny_sd3(dtype: torch.dtype = torch.float32, seed: int = 0, **scheduler: Any
     )
     # The last layer starts at zero in diffusers; a random one makes every prediction matter.
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.2)
-    encoder_3 = T5EncoderModel(T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    encoder_3 = t5_encoder(32)  # as wide as the two others together
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
@@ -139,8 +134,13 @@ def clip_tokenizer(tokens: int = TOKENS) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=tokens)
 
 
+def t5_encoder(width: int = 16) -> T5EncoderModel:
+    """T5's encoder, for the words of `t5_tokenizer`."""
+    return T5EncoderModel(T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=width, num_layers=1, num_heads=2))
+
+
 def t5_tokenizer() -> T5Tokenizer:
-    """Likewise, of T5."""
+    """A tokenizer of T5's, that knows the same letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqr"]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)

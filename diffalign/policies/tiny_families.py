@@ -31,13 +31,20 @@ from transformers import (
     Gemma2Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    T5Config,
-    T5EncoderModel,
 )
 
-from diffalign.policies.tiny import clip_config, clip_tokenizer, finish, t5_tokenizer, tiny_sd, vae
+from diffalign.policies.tiny import (
+    BETAS,
+    DDIM,
+    clip_config,
+    clip_tokenizer,
+    finish,
+    t5_encoder,
+    t5_tokenizer,
+    tiny_sd,
+    vae,
+)
 
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TRAILING = BETAS | {"timestep_spacing": "trailing", "set_alpha_to_one": False, "steps_offset": 1}
 
 
@@ -66,7 +73,7 @@ def tiny_sdxl(dtype: torch.dtype = torch.float32, *, scheduler: Any = None, **se
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=unet,
-        scheduler=scheduler or DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=scheduler or DDIMScheduler(**DDIM),
         add_watermarker=False,
         **settings,
     )
@@ -244,8 +251,3 @@ def tiny_qwen(dtype: torch.dtype = torch.float32) -> Any:
         tokenizer=t5_tokenizer(),
     )
     return finish(pipe, dtype)
-
-
-def t5_encoder() -> T5EncoderModel:
-    """T5's encoder, for the words of `t5_tokenizer`."""
-    return T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))

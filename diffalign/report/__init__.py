@@ -2,7 +2,15 @@
 
 from diffalign.report.gallery import before_after
 from diffalign.report.page import write_grid, write_report
-from diffalign.report.statistics import Diversity, Figure, bootstrap_interval, compare, diversity, wilson_interval
+from diffalign.report.statistics import (
+    Diversity,
+    Figure,
+    bootstrap_interval,
+    compare,
+    diversity,
+    is_oracle,
+    wilson_interval,
+)
 from diffalign.report.summary import Pair, Summary
 
 __all__ = [
@@ -14,6 +22,7 @@ __all__ = [
     "bootstrap_interval",
     "compare",
     "diversity",
+    "is_oracle",
     "wilson_interval",
     "write_grid",
     "write_report",

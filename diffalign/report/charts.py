@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from diffalign.report.statistics import is_oracle
+
 Row = Mapping[str, Any]
 
 # Colours that nothing else uses, replaced by the page's CSS variables in the finished SVG.
@@ -56,10 +58,10 @@ def curves(rows: Sequence[Row]) -> list[Chart]:
     validated = [name for name in _names(rows, "validation/") if f"reward/{name}" not in _keys(rows)]
     charts += [_validated(rows, f"validation/{name}", f"{name}, validation prompts") for name in validated]
     held = _names(rows, "heldout/")
-    for name in sorted(held, key=lambda n: "oracle" in n):
-        charts.append(_validated(rows, f"heldout/{name}", name if "oracle" in name else f"{name}, held out"))
+    for name in sorted(held, key=is_oracle):
+        charts.append(_validated(rows, f"heldout/{name}", name if is_oracle(name) else f"{name}, held out"))
     charts += [
-        _proxy_and_gold(rows, proxy, gold) for proxy in _names(rows, "validation/") for gold in held if "oracle" in gold
+        _proxy_and_gold(rows, proxy, gold) for proxy in _names(rows, "validation/") for gold in held if is_oracle(gold)
     ]
     charts.append(_validated(rows, "diversity", "Diversity of the validation images"))
     for key, title in (

@@ -17,6 +17,13 @@ Kind = Literal["training", "heldout", "oracle", "diversity"]
 _Z95 = 1.959963984540054
 
 
+def is_oracle(name: str) -> bool:
+    """Whether a reward is a calibrated oracle, told by its name: it is no learned model, and its mean is a share of
+    correct images.
+    """
+    return name.endswith("oracle")
+
+
 @dataclass(frozen=True)
 class Figure:
     """One line of a comparison on the same prompts and the same starting noise.

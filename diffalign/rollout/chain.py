@@ -120,6 +120,13 @@ class Chain:
         return len(self.rows) * self.policy.evaluations_per_prediction(self.guidance_scale)
 
 
+def check_trainable(policy: Policy) -> None:
+    """Raise ValueError unless there is something to differentiate."""
+    if not torch.is_grad_enabled() or not policy.trainable():
+        reason = "the policy has no trainable parameter" if torch.is_grad_enabled() else "gradients are disabled"
+        raise ValueError(f"nothing to differentiate, {reason}: call policy.add_lora(...) and leave torch.no_grad()")
+
+
 def check_rows(rows: Sequence[Address], condition: Condition) -> None:
     """Raise ValueError unless each condition has its noise address."""
     if len(rows) != len(condition):

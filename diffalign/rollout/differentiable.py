@@ -10,7 +10,7 @@ from diffalign.laws import Law, Prediction, Schedule
 from diffalign.ledger import Ledger
 from diffalign.noise import Address
 from diffalign.policies import Condition, Guidance, Policy
-from diffalign.rollout.chain import Chain, Trajectory, check_rows
+from diffalign.rollout.chain import Chain, Trajectory, check_rows, check_trainable
 from diffalign.rollout.gradient import Plan
 
 
@@ -54,7 +54,7 @@ def differentiable_rollout(
     Raises:
         ValueError: gradients are disabled, nothing is trainable, or rows and conditions differ in number.
     """
-    _check_trainable(policy)
+    check_trainable(policy)
     check_rows(rows, condition)
     chain = Chain.of(policy, condition, law, schedule, rows, seed, guidance_scale, (height, width))
     return _sample(chain, plan, guidance, checkpoint, reference)
@@ -93,12 +93,6 @@ def _cost(chain: Chain, evaluated: int, graded: int, guidance: Guidance) -> Ledg
     """Cost of so many evaluated and graded steps; a detached unconditional branch has no backward pass."""
     backward = len(chain.rows) if guidance == "detach_unconditional" else chain.evaluations()
     return Ledger(denoiser_evaluations=evaluated * chain.evaluations(), backward_passes=graded * backward)
-
-
-def _check_trainable(policy: Policy) -> None:
-    if not torch.is_grad_enabled() or not policy.trainable():
-        reason = "the policy has no trainable parameter" if torch.is_grad_enabled() else "gradients are disabled"
-        raise ValueError(f"nothing to differentiate, {reason}: call policy.add_lora(...) and leave torch.no_grad()")
 
 
 def _predict_planned(chain: Chain, i: int, x: Tensor, plan: Plan, guidance: Guidance, checkpoint: bool) -> Prediction:

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.laws import Law, Reduction, Schedule
 from diffalign.ledger import Ledger
 from diffalign.policies import Condition, Guidance, Policy
-from diffalign.rollout.chain import Trajectory
+from diffalign.rollout.chain import Trajectory, check_trainable
 from diffalign.rollout.recorded import chosen_steps, log_probs
 
 
@@ -48,27 +48,27 @@ def trajectory_gradient(
         reduction: likewise.
         guidance: likewise.
         steps: likewise.
-        micro_batch_size: densities with a graph at once, of whatever rows and steps; rows at once without. Pairs that
-            the loss is flat in, such as clipped ones, are not evaluated again.
+        micro_batch_size: how many densities are evaluated at once: in the first pass of as many rows at one step, in
+            the second of whatever rows and steps. Those that the loss is flat in, such as clipped ones, have no second.
 
     Returns:
         The loss, without graph, and the cost.
 
     Raises:
-        ValueError: as in :func:`log_probs`.
+        ValueError: as in :func:`log_probs`; or gradients are disabled, or nothing is trainable.
     """
+    check_trainable(policy)
     chosen = chosen_steps(trajectory, steps)
     chain = {"guidance_scale": guidance_scale, "reduction": reduction, "guidance": guidance}
     with torch.no_grad():
         matrix = log_probs(
             policy, trajectory, condition, law, schedule, steps=chosen, micro_batch_size=micro_batch_size, **chain
         )
-    with torch.enable_grad():
-        value = loss(matrix.requires_grad_())
-        (weight,) = torch.autograd.grad(value, matrix)
+    value = loss(matrix.requires_grad_())
+    (weight,) = torch.autograd.grad(value, matrix)
     row, column = weight.nonzero().cpu().unbind(1)
     step = torch.tensor(chosen)[column]
-    states = torch.stack(trajectory.states or [], 1)
+    states = torch.stack(trajectory.states, 1)  # type: ignore[arg-type]  # log_probs has refused None
     size = micro_batch_size or max(1, len(row))
     for start in range(0, len(row), size):
         pairs = slice(start, start + size)

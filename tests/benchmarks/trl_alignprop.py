@@ -22,8 +22,6 @@ import time
 import warnings
 from pathlib import Path
 
-from memory import peak_memory
-
 ROOT = Path(__file__).parents[2]
 REPEATS = 3
 TRL = ["trl==0.23.1", "pandas", "python-dateutil", "six"]
@@ -33,6 +31,14 @@ PROMPTS = [
     "an orange square above a purple circle",
     "a small yellow star",
 ]
+
+
+def peak_memory(reset=False):
+    """VmHWM of this process in bytes; `reset` sets it to what is in use now (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def set_lora(parameters):
@@ -199,7 +205,7 @@ def main():
 
 def compare(args):
     sys.path.insert(0, str(ROOT))
-    from tests.tiny import tiny_sd
+    from diffalign.policies.tiny import tiny_sd
 
     with tempfile.TemporaryDirectory() as folder:
         pipe = tiny_sd()

@@ -12,9 +12,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from memory import peak_memory
 
 import diffalign as da
+from diffalign.engine.footprint import peak
 from diffalign.laws import FlowSDE
 from diffalign.laws.default import default_law
 from diffalign.rollout import log_probs, rollout, trajectory_gradient
@@ -39,13 +39,16 @@ def measure(way, pipeline, steps, batch):
     rows = [(i,) for i in range(batch)]
     taken = rollout(policy, condition, law, schedule, rows=rows, seed=0, guidance_scale=3.0, record_states=True)
     chain, settings = (policy, taken, condition, law, schedule), {"guidance_scale": 3.0, "reduction": "mean"}
-    before, start = peak_memory(reset=True), time.perf_counter()
-    if way == "two passes":
-        trajectory_gradient(*chain, loss, micro_batch_size=batch, **settings)
-    else:
-        loss(log_probs(*chain, **settings)).backward()
-    seconds, taken_bytes = time.perf_counter() - start, peak_memory() - before
-    return seconds, taken_bytes, torch.cat([p.grad.flatten() for p in policy.trainable().values()]).numpy()
+
+    def work():
+        if way == "two passes":
+            trajectory_gradient(*chain, loss, micro_batch_size=batch, **settings)
+        else:
+            loss(log_probs(*chain, **settings)).backward()
+
+    before, start = peak(policy.device, lambda: None), time.perf_counter()
+    during, seconds = peak(policy.device, work), time.perf_counter() - start
+    return seconds, during - before, torch.cat([p.grad.flatten() for p in policy.trainable().values()]).numpy()
 
 
 def main():

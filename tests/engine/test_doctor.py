@@ -14,8 +14,8 @@ from diffalign.engine.stand_ins import BUILDERS, missing_reward, write_reward
 from diffalign.laws import Normal, default_law
 from diffalign.noise import normal
 from diffalign.policies import Policy
+from diffalign.policies.tiny import tiny_sd
 from diffalign.rollout import rollout
-from tests.tiny import tiny_sd
 
 RECIPE = """
 pipeline: {{path: {folder}/pipeline}}

@@ -9,9 +9,9 @@ from diffalign.data import Prompt
 from diffalign.finetune import RewardBackprop
 from diffalign.finetune.trainer import StepFailed
 from diffalign.policies import Policy
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rewards import as_reward
 from diffalign.rollout import differentiable_rollout
-from tests.tiny import tiny_sd, tiny_sd3
 
 PROMPTS = ["a red circle", "a blue cube", "a green star", "a red circle"]
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from diffalign.finetune import RewardBackprop
 from diffalign.policies import Policy
-from tests.tiny import tiny_sd
+from diffalign.policies.tiny import tiny_sd
 
 policy = Policy.wrap(tiny_sd())
 policy.add_lora(rank=2, alpha=2)

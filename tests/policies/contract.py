@@ -12,9 +12,8 @@ from torch import Tensor
 
 from diffalign.laws import DDIM, Consistency, FlowODE, FlowSDE, Law, Schedule
 from diffalign.noise import normal
-from diffalign.policies import Condition, Policy
+from diffalign.policies import Condition, Policy, tiny, tiny_families
 from diffalign.rollout import Plan, Trajectory, differentiable_rollout, rollout
-from tests import tiny, tiny_families
 
 PROMPTS = ["a bad dog", "a fine lake"]
 ROWS = [(0, 0), (1, 0)]

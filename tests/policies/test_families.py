@@ -7,9 +7,8 @@ from diffusers import DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepS
 from diffalign.laws import DDIM
 from diffalign.noise import normal
 from diffalign.policies import Policy
-from diffalign.rollout import rollout
-from tests.tiny import tiny_sd, tiny_sd3, vae
-from tests.tiny_families import (
+from diffalign.policies.tiny import tiny_sd, tiny_sd3, vae
+from diffalign.policies.tiny_families import (
     BETAS,
     tiny_flux,
     tiny_lcm,
@@ -20,6 +19,7 @@ from tests.tiny_families import (
     tiny_sd_turbo,
     tiny_sdxl,
 )
+from diffalign.rollout import rollout
 
 ROWS = [(0, 0), (1, 0)]
 PROMPTS = ["a bad dog", "a lake"]

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.noise import normal
 from diffalign.policies import Policy
-from tests.tiny import tiny_sd, tiny_sd3
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
 
 BUILDS = [tiny_sd, tiny_sd3]
 FILE = "pytorch_lora_weights.safetensors"

@@ -16,8 +16,8 @@ from diffusers import (
 from diffalign.laws import DDIM, FlowGRPONoise, FlowODE, FlowSDE, Law
 from diffalign.noise import normal
 from diffalign.policies import Policy
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rollout import rollout
-from tests.tiny import tiny_sd, tiny_sd3
 
 PROMPTS = ["a bad dog", "a fine lake"]
 ROWS = [(0, 0), (1, 0)]

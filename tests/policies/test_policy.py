@@ -7,8 +7,8 @@ from diffalign.laws import DDIM, FlowODE
 from diffalign.noise import normal
 from diffalign.policies import Condition, Policy
 from diffalign.policies.attention import KernelProcessor
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rollout import Plan, differentiable_rollout, rollout
-from tests.tiny import tiny_sd, tiny_sd3
 
 BUILDS = [tiny_sd, tiny_sd3]
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

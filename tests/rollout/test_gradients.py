@@ -14,6 +14,7 @@ from torch import Tensor
 from diffalign.laws import DDIM, FlowODE, FlowSDE, Law, Prediction, Schedule
 from diffalign.noise import generator, normal
 from diffalign.policies import Policy
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rollout import (
     DRTune,
     Full,
@@ -26,7 +27,6 @@ from diffalign.rollout import (
     differentiable_rollout,
     rollout,
 )
-from tests.tiny import tiny_sd, tiny_sd3
 
 STEPS = 4
 ROWS = [(0, 0)]

@@ -8,6 +8,7 @@ import torch
 from diffalign.laws import DDIM, FlowSDE, Law
 from diffalign.noise import generator
 from diffalign.policies import Policy
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rollout import (
     Full,
     LastK,
@@ -20,7 +21,6 @@ from diffalign.rollout import (
     rollout,
     transition,
 )
-from tests.tiny import tiny_sd, tiny_sd3
 
 PROMPTS = ["a bad dog", "a fine lake", "a bad dog"]
 ROWS = [(0, 0), (1, 0), (2, 0)]

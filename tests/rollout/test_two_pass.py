@@ -6,8 +6,8 @@ from torch import Tensor
 
 from diffalign.laws import DDIM, FlowSDE, Window
 from diffalign.policies import Policy
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rollout import log_probs, rollout, trajectory_gradient
-from tests.tiny import tiny_sd, tiny_sd3
 
 PROMPTS = ["a bad dog", "a fine lake", "a bad dog", "a fine lake"]
 ROWS = [(i,) for i in range(4)]
