@@ -14,7 +14,7 @@ demo: .venv/core.stamp ## fine-tune the shipped Stable Diffusion pipeline (or go
 	$(PY) -m diffalign train pipelines/demo.yaml resume_from_checkpoint=latest
 
 test: .venv/dev.stamp ## all tests, offline
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not verify' -n 2 --dist loadfile --durations 10 $(ARGS)
 
 check: .venv/dev.stamp ## lint, format, types of the maths and of the recipes, floors
 	$(PY) -m ruff check .
@@ -22,7 +22,8 @@ check: .venv/dev.stamp ## lint, format, types of the maths and of the recipes, f
 	$(PY) -m pyright
 	$(PY) -m pytest -q tests/test_floors.py
 
-verify: check test demo ## everything above
+verify: check test demo ## everything above, and the tests that take minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m verify --durations 0
 
 docs: .venv/docs.stamp ## the documentation, into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

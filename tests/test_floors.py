@@ -11,7 +11,7 @@ PACKAGE = ROOT / "diffalign"
 
 # Lowest first; modules of one floor may import each other.
 FLOORS = (
-    ("noise", "ledger", "registry", "recipe_file", "versions", "_compat", "laws", "media"),
+    ("noise", "ledger", "registry", "recipe_file", "versions", "_compat", "processes", "laws", "media"),
     ("policies", "rewards", "data"),
     ("rollout",),
     ("finetune", "search"),

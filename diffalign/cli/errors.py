@@ -13,7 +13,7 @@ FAILED = 1
 
 PACKAGE = Path(__file__).resolve().parent.parent
 # Ends of a job that were foreseen; by name, because importing the modules would load torch for every refusal.
-FORESEEN = {"Interrupted", "CheckpointNotSaved", "StepFailed"}
+FORESEEN = {"Interrupted", "CheckpointNotSaved", "DiskRefused", "StepFailed"}
 
 
 def explained(error: Exception) -> tuple[str, int] | None:

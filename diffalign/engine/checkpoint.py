@@ -59,7 +59,7 @@ def save_checkpoint(root: str | Path, step: int, tree: Tree, total_limit: int | 
     except (OSError, SafetensorError) as error:
         if temporary.exists():
             _remove(temporary)
-        valid = next((path for path in _newest_first(root) if defect(path) is None), None)
+        valid = latest_valid(root)
         stands = f"{valid.name} is kept and valid" if valid else "there is no earlier one"
         raise CheckpointNotSaved(
             f"the checkpoint of step {step} could not be written to {root} ({error}); {stands}. Free some space, then "
@@ -103,6 +103,11 @@ def load_checkpoint(root: str | Path, which: str | Path = "latest") -> tuple[int
             f"no checkpoint in {root} is valid: {'; '.join(visible)}. Start again in another output_dir"
         )
     return None
+
+
+def latest_valid(root: Path) -> Path | None:
+    """The newest checkpoint under `root` that verifies."""
+    return next((path for path in _newest_first(root) if defect(path) is None), None)
 
 
 def defect(path: Path, *, contents: bool = True) -> str | None:

@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import PartialState
-
 from diffalign.engine.checkpoint import load_checkpoint
 from diffalign.engine.load import load_policy
 from diffalign.engine.run import train
 from diffalign.engine.stand_ins import missing_reward, write_pipeline, write_reward
+from diffalign.processes import process_state
 from diffalign.recipe_problems import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ def dry_run(recipe: Recipe) -> str:
     Raises:
         RecipeError: nothing on this machine says the class of the pipeline, or several processes were started.
     """
-    if PartialState().num_processes > 1:
-        processes = str(PartialState().num_processes)
+    if process_state().num_processes > 1:
+        processes = str(process_state().num_processes)
         raise RecipeError("--dry-run", [Problem(f"{processes} processes", "a dry run is one: leave out the launcher")])
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="diffalign-dry-run-") as scratch:
@@ -58,7 +57,7 @@ def reduced(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     """The recipe with the stand-ins of `folder` and small counts, and what that leaves unchecked."""
     unchecked = []
     pipeline: dict[str, Any] = {"path": str(folder / "pipeline"), "revision": None}
-    if recipe.pipeline.attention != "auto" and PartialState().device.type == "cpu":
+    if recipe.pipeline.attention != "auto" and process_state().device.type == "cpu":
         pipeline["attention"] = "auto"
         unchecked.append(f"attention {recipe.pipeline.attention} (there is no GPU here)")
     if recipe.adapter.path is not None:

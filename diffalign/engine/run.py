@@ -19,6 +19,7 @@ from diffalign.engine.checkpoint import load_checkpoint, save_checkpoint
 from diffalign.engine.evaluate import Evaluation, image_diversity, sample_images, score_images
 from diffalign.engine.interrupt import deferred_interrupt
 from diffalign.engine.load import load_policy
+from diffalign.engine.output import claim, refusals_explained
 from diffalign.engine.parting import Parting
 from diffalign.engine.summary import compare_with_reference
 from diffalign.engine.tracking import Metrics
@@ -75,9 +76,17 @@ def train(recipe: Recipe, policy: Policy | None = None) -> Path:
     Raises:
         FileExistsError: the folder holds a run and `resume_from_checkpoint` is not set: nothing is overwritten.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step was written.
+        DiskRefused: the disk is full or fails; what was saved stands.
     """
+    output_dir = Path(recipe.output_dir)
+    claim(output_dir, resume=recipe.resume_from_checkpoint is not None)
     run = build(recipe, policy)
-    step = resume(run)
+    with refusals_explained(output_dir):
+        return _train(run)
+
+
+def _train(run: Run) -> Path:
+    recipe, step = run.recipe, resume(run)
     metrics = Metrics(run.output_dir, recipe.report_to, resume_step=step, accelerator=run.trainer.accelerator)
     if run.is_main:
         write_resolved(recipe, run.output_dir / "config.yaml")
@@ -137,11 +146,6 @@ def resume(run: Run) -> int:
     """Loads the checkpoint that the recipe asks for; returns the step to go on from, 0 for a new run."""
     asked, checkpoints = run.recipe.resume_from_checkpoint, run.output_dir / "checkpoints"
     if asked is None:
-        if (run.output_dir / "metrics.jsonl").exists():
-            raise FileExistsError(
-                f"{run.output_dir} already holds a run; go on with resume_from_checkpoint=latest, "
-                "or choose another output_dir"
-            )
         return 0
     with run.trainer.accelerator.main_process_first():  # the first may put a checkpoint in its place
         found = load_checkpoint(checkpoints, asked)

@@ -23,6 +23,7 @@ from diffalign.data import Prompt, PromptSampler
 from diffalign.finetune.config import Settings, TrainingConfig
 from diffalign.ledger import Ledger
 from diffalign.policies import Policy
+from diffalign.processes import process_state
 from diffalign.registry import Registry
 from diffalign.rewards import Reward, as_reward
 
@@ -77,6 +78,7 @@ class Trainer:
         self.config = self.config_class(**settings)
         self.policy = policy
         self.reward = as_reward(reward).to(policy.device)
+        process_state()
         self.accelerator = Accelerator(mixed_precision=self.training.mixed_precision)
         if not policy.trainable():
             policy.add_lora(rank=8, alpha=8)

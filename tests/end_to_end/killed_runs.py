@@ -1,6 +1,9 @@
 """Runs one recipe whole, and again killed at chosen moments and resumed. A program of its own, for it forks.
 
     python killed_runs.py OUT RECIPE [OVERRIDE ...]
+    python killed_runs.py --random COUNT OUT RECIPE [OVERRIDE ...]
+
+At the moments of MOMENTS, or at COUNT moments that a clock draws evenly over the run.
 
 Every run is a process of its own that SIGKILL ends without a chance to clean up; forking spares each the imports.
 """
@@ -8,7 +11,9 @@ Every run is a process of its own that SIGKILL ends without a chance to clean up
 import os
 import signal
 import sys
+import time
 
+import numpy as np
 import torch
 
 from diffalign.__main__ import main
@@ -65,8 +70,8 @@ def arm(moment):
         os.rename = ticking(os.rename, tick)
 
 
-def run(arguments, moment=None):
-    """Exit status of a train command in a process of its own; -9 where it was killed."""
+def run(arguments, moment=None, after=None):
+    """Exit status of a train command in a process of its own; -9 where it was killed, `after` seconds for one."""
     child = os.fork()
     if child == 0:
         if moment:
@@ -77,14 +82,39 @@ def run(arguments, moment=None):
         except SystemExit as done:
             os._exit(done.code or 0)
         os._exit(0)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, signal.SIGKILL)  # of one that has ended and was not waited for this does nothing
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    out, recipe = sys.argv[1], sys.argv[2:]
-    assert run([*recipe, f"output_dir={out}/whole"]) == 0
+def at_chosen_moments(out, recipe):
     for name in MOMENTS:
         here = [*recipe, f"output_dir={out}/{name}"]
         assert run(here, name) == -signal.SIGKILL, name
         assert run([*here, "resume_from_checkpoint=latest"]) == 0, name
+
+
+def at_random_moments(out, recipe, count, duration):
+    """One moment drawn in each of `count` equal parts of the run, so that none of it is left out."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        here = [*recipe, f"output_dir={out}/kill-{number:02d}"]
+        after = (number + rng.random()) / count * duration
+        status = run(here, after=after)
+        print(f"kill {number} after {after:.2f} of {duration:.2f} s: exit status {status}", flush=True)
+        assert status in (0, -signal.SIGKILL)  # 0: a run that was faster than the one whose time was taken
+        assert run([*here, "resume_from_checkpoint=latest"]) == 0, number
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    arguments = sys.argv[1:]
+    count = int(arguments[1]) if arguments[0] == "--random" else 0
+    out, *recipe = arguments[2:] if count else arguments
+    started = time.monotonic()
+    assert run([*recipe, f"output_dir={out}/whole"]) == 0
+    if count:
+        at_random_moments(out, recipe, count, time.monotonic() - started)
+    else:
+        at_chosen_moments(out, recipe)

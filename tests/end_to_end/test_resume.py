@@ -26,15 +26,20 @@ output_dir: runs/resume
 """
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
+def killed_runs(folder, *options):
+    """The folder of a run that was let be, and of those that were killed and resumed."""
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE)
-    command = [sys.executable, str(HERE / "killed_runs.py"), str(folder), str(recipe)]
+    command = [sys.executable, str(HERE / "killed_runs.py"), *options, str(folder), str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return killed_runs(tmp_path_factory.mktemp("runs"))
 
 
 def contents(run):
@@ -52,14 +57,26 @@ def contents(run):
     }
 
 
+def assert_bit_equal(resumed, whole):
+    resumed, whole = contents(resumed), contents(whole)
+    assert len(whole["metrics"]) == 5  # validation before training, and four steps
+    for part in whole:
+        assert resumed[part] == whole[part], part
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("moment", ["rollout", "backward", "save", "rename"])
 def test_resumed_run_is_bit_equal(runs, moment):
-    whole, resumed = contents(runs / "whole"), contents(runs / moment)
-    assert len(whole["metrics"]) == 5  # validation before training, and four steps
-    for part in whole:
-        assert resumed[part] == whole[part], part
+    assert_bit_equal(runs / moment, runs / "whole")
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(3000)
+def test_a_run_killed_at_twenty_random_moments_is_bit_equal(tmp_path):
+    runs = killed_runs(tmp_path, "--random", "20")
+    for number in range(20):
+        assert_bit_equal(runs / f"kill-{number:02d}", runs / "whole")
 
 
 @pytest.mark.slow

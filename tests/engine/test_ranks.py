@@ -1,0 +1,38 @@
+"""What befalls one process befalls all: none hangs, and the checkpoint before it is valid."""
+
+from pathlib import Path
+
+import pytest
+
+from diffalign.engine.checkpoint import load_checkpoint
+from diffalign.engine.tracking import read_metrics
+from tests.processes import start
+
+SCRIPT = Path(__file__).with_name("nan_on_one_rank.py")
+RECIPE = """
+pipeline: {path: zoo:shapes-sd}
+adapter: {rank: 2, alpha: 2}
+method: {name: reward_backprop, num_inference_steps: 2, guidance_scale: 1.0, gradient: {kind: last_k, k: 1}}
+rewards: {train: [sick]}
+prompts: {train: "prompts:shapes-train", validation: "prompts:shapes-validation", test: "prompts:shapes-test"}
+evaluation: {num_validation_prompts: 2, num_test_prompts: 2}
+num_prompts_per_step: 2
+max_train_steps: 5
+checkpointing_steps: 1
+output_dir: OUT
+"""
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_nan_on_one_rank_stops_both(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    out = tmp_path / "run"
+    for rank, (status, errors) in enumerate(start(SCRIPT, [recipe, out], world=2)):
+        assert status == 1, errors
+        assert "step 3: the gradient is not finite" in errors, f"rank {rank}: {errors}"
+        assert "Traceback" not in errors
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [0, 1, 2]
+    step, tree = load_checkpoint(out / "checkpoints")
+    assert step == 2
+    assert all(p.isfinite().all() for p in tree["adapter"].values())
