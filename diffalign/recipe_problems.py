@@ -48,8 +48,8 @@ def schema_problems(model: type[BaseModel], tree: Any, error: ValidationError) -
     """The problems behind a ValidationError of `model` on `tree`, one for each key of the file."""
     messages: dict[Path, list[str]] = {}
     for detail in error.errors():
-        path = _file_path(tree, detail["loc"])
-        if path[0] == "evaluation" and path[-1] not in tree.get("evaluation", {}):
+        path, loc = _file_path(tree, detail["loc"]), detail["loc"]
+        if loc[0] == "evaluation" and len(loc) > 1 and loc[1] not in tree.get("evaluation", {}):
             continue  # a value taken over from the method, where it is told already
         messages.setdefault(path, []).append(_message(model, tree, path, detail))
     return [Problem(_shown(tree, path), _joined(found)) for path, found in messages.items()]

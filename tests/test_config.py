@@ -75,6 +75,8 @@ def test_the_recipe_of_the_readme_is_read_as_it_stands(folder):
 def test_evaluation_samples_as_the_method_unless_told_otherwise(folder):
     assert load_recipe("recipe.yaml").evaluation.num_inference_steps == 20
     assert load_recipe("recipe.yaml").evaluation.guidance_scale == 3.0
+    interval = load_recipe("recipe.yaml", ["method.guidance_interval=[0.2, 1]"]).evaluation.guidance_interval
+    assert interval == [0.2, 1.0]
     other = load_recipe("recipe.yaml", ["evaluation.num_inference_steps=7"]).evaluation
     assert (other.num_inference_steps, other.guidance_scale) == (7, 3.0)
 
@@ -98,6 +100,7 @@ WRONG = [
     ("method.name=rewardbackprop", "'rewardbackprop'", "did you mean reward_backprop?"),
     ("method.gradient.kind=draft", "'draft'", "known: full, last_k, random_k, drtune"),
     ("method.gradient.k=30", "asks for 30 steps", "lower it, or use gradient.kind = full"),
+    ("method.guidance_interval=[0.8, 0.2]", "[0.8, 0.2] is no interval", "0 <= start < stop <= 1"),
     ("mixed_precision=fp16", "mixed_precision = fp16", "one of no, bf16: did you mean bf16?"),
     ("pipeline.dtype=float23", "pipeline.dtype = float23", "did you mean float32?"),
     ('group_size="4"', "group_size = 4", "not the text '4': take the quotes off"),

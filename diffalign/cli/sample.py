@@ -52,6 +52,7 @@ def run(
         chosen,
         num_inference_steps=evaluation.num_inference_steps,
         guidance_scale=evaluation.guidance_scale,
+        guidance_interval=evaluation.guidance_interval,
         eta=evaluation.eta,
         seed=seed,
         num_images_per_prompt=evaluation.num_images_per_prompt,

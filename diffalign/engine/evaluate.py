@@ -16,7 +16,7 @@ from diffalign.policies import Policy
 from diffalign.report import Diversity, diversity
 from diffalign.rewards import Reward
 from diffalign.rewards.clip import CLIPReward
-from diffalign.rollout import rollout
+from diffalign.rollout import in_interval, rollout
 
 
 @dataclass
@@ -45,6 +45,7 @@ def sample_images(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
     eta: float = 0.0,
     seed: int = 0,
     num_images_per_prompt: int = 1,
@@ -68,7 +69,7 @@ def sample_images(
             schedule,
             rows=[(p.id, i) for p, i in chunk],
             seed=seed,
-            guidance_scale=guidance_scale,
+            guidance_scale=in_interval(guidance_scale, len(schedule), guidance_interval),
         )
         images.append(media.to_uint8(policy.decode(trajectory.latents)).cpu())
         ledger.add(trajectory.ledger)

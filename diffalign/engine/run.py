@@ -196,9 +196,7 @@ def evaluate(run: Run, split: str, limit: int | None) -> Evaluation:
         run.policy,
         run.prompts[split][:limit],
         seed=run.recipe.seed,
-        **settings.model_dump(
-            include={"num_inference_steps", "guidance_scale", "eta", "num_images_per_prompt", "batch_size"}
-        ),
+        **settings.model_dump(exclude={"num_validation_prompts", "num_test_prompts", "validation_steps"}),
     )
     return score_images(evaluation, run.judges, device=run.policy.device)
 

@@ -18,7 +18,7 @@ from diffalign.rewards import Reward
 from diffalign.versions import versions
 
 if TYPE_CHECKING:
-    from diffalign.config import Recipe
+    from diffalign.config import EvaluationConfig, Recipe
 
 GALLERY = 24
 
@@ -53,11 +53,11 @@ def compare_with_reference(
             "method": recipe.method.name,
             "training": f"{recipe.max_train_steps} steps of {recipe.num_prompts_per_step * recipe.group_size} images",
             "test": f"{len(ids)} images of {len(set(ids))} prompts, seed {recipe.seed}",
-            "sampling": f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}",
+            "sampling": described(settings),
         },
         figures=figures(judges, base, tuned),
         gallery=[pair(folder, row, base, tuned, f"seed {recipe.seed}, prompt {ids[row]}") for row in rows],
-        noise=save_noise(folder, rows, ids, recipe.seed, latent_shape) if settings.eta == 0 else None,
+        noise=save_noise(folder, rows, ids, recipe.seed, latent_shape) if _plain(settings) else None,
         cost={
             "training": training_cost(output_dir).as_dict(),
             "test, base": base.ledger.as_dict(),
@@ -72,6 +72,19 @@ def compare_with_reference(
         recipe=(output_dir / "config.yaml").read_text(encoding="utf-8"),
         versions=versions(),
     )
+
+
+def described(settings: EvaluationConfig) -> str:
+    """The sampling in words."""
+    said = f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}"
+    if settings.guidance_interval != [0.0, 1.0]:
+        said += " from {:g} to {:g} of them".format(*settings.guidance_interval)
+    return said if settings.eta == 0 else f"{said}, eta {settings.eta:g}"
+
+
+def _plain(settings: EvaluationConfig) -> bool:
+    """Whether the pipeline's own call, with no callback, draws the images from their noise."""
+    return settings.eta == 0 and settings.guidance_interval == [0.0, 1.0]
 
 
 def sampling(recipe: Recipe) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Settings(BaseModel):
@@ -114,6 +114,15 @@ Gradient = Annotated[
 ]
 
 
+def _between(interval: list[float]) -> list[float]:
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"{interval} is no interval of the steps: give [start, stop], 0 <= start < stop <= 1")
+    return interval
+
+
+GuidanceInterval = Annotated[list[float], AfterValidator(_between)]
+
+
 class RewardBackpropConfig(Settings):
     """Reward backpropagation (AlignProp, DRaFT, DRTune, FlowBP): see `diffalign.finetune.reward_backprop`.
 
@@ -130,6 +139,9 @@ class RewardBackpropConfig(Settings):
     name: Literal["reward_backprop"] = "reward_backprop"
     num_inference_steps: PositiveInt = 50
     guidance_scale: float = Field(5.0, ge=0)
+    guidance_interval: GuidanceInterval = Field(
+        [0.0, 1.0], description="shares of the steps, from the noise on, between which guidance acts; [0, 1]: in all"
+    )
     eta: float = Field(0.0, ge=0, description="DDIM's eta; for a flow pipeline the noise level a of the flow SDE")
     guidance: Literal["pipeline", "detach_unconditional"] = Field(
         "pipeline", description="detach_unconditional: no gradient through the unconditional branch"

@@ -52,6 +52,7 @@ from diffalign.rollout import (
     RandomK,
     Sparse,
     differentiable_rollout,
+    in_interval,
 )
 
 
@@ -77,6 +78,7 @@ class RewardBackprop(Trainer):
         self.schedule = policy.schedule(self.config.num_inference_steps)
         self.law = default_law(self.schedule.kind, self.config.eta)
         self.rule = gradient_rule(self.config)
+        self.guidance_scale = in_interval(self.config.guidance_scale, len(self.schedule), self.config.guidance_interval)
 
     def accumulate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Ledger]:
         """One differentiable rollout, decode, score and backward pass a micro-batch; the plan is shared by all."""
@@ -107,7 +109,7 @@ class RewardBackprop(Trainer):
             self.schedule,
             rows=rows,
             seed=self.training.seed,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=self.guidance_scale,
             guidance=config.guidance,
             plan=plan,
             checkpoint=self.training.gradient_checkpointing == "step",

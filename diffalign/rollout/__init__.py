@@ -3,6 +3,7 @@
 from diffalign.rollout.chain import Trajectory
 from diffalign.rollout.differentiable import differentiable_rollout
 from diffalign.rollout.gradient import DRTune, Full, GradientRule, LastK, LowVariance, Plan, RandomK, Sparse
+from diffalign.rollout.guidance import GuidanceScale, in_interval
 from diffalign.rollout.recorded import log_probs, rollout, transition
 from diffalign.rollout.two_pass import trajectory_gradient
 
@@ -10,6 +11,7 @@ __all__ = [
     "DRTune",
     "Full",
     "GradientRule",
+    "GuidanceScale",
     "LastK",
     "LowVariance",
     "Plan",
@@ -17,6 +19,7 @@ __all__ = [
     "Sparse",
     "Trajectory",
     "differentiable_rollout",
+    "in_interval",
     "log_probs",
     "rollout",
     "trajectory_gradient",

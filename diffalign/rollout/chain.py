@@ -1,6 +1,6 @@
 """What a rollout runs on, and what it records."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from diffalign.ledger import Ledger
 from diffalign.noise import Address, normal
 from diffalign.policies import Condition, Guidance, Policy
 from diffalign.rollout.gradient import Plan
+from diffalign.rollout.guidance import GuidanceScale, check_scale, scale_at
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Chain:
     targets: Level
     stochastic: list[bool]
     shape: tuple[int, int, int]
-    guidance_scale: float
+    guidance_scale: GuidanceScale
 
     @classmethod
     def of(
@@ -67,10 +68,11 @@ class Chain:
         schedule: Schedule,
         rows: Sequence[Address],
         seed: int,
-        guidance_scale: float,
+        guidance_scale: GuidanceScale,
         size: tuple[int | None, int | None],
     ) -> "Chain":
-        """Prepare the chain of a batch."""
+        """Prepare the chain of a batch; ValueError for guidance that the policy or the number of steps has not."""
+        check_scale(guidance_scale, len(schedule), policy)
         steps = torch.arange(len(schedule))
         return cls(
             policy=policy,
@@ -101,7 +103,8 @@ class Chain:
 
     def predict(self, i: int, x: Tensor, guidance: Guidance = "pipeline") -> Prediction:
         """Evaluate the policy at a state of step i."""
-        return self.policy.predict(x, self.level(i), self.condition, self.guidance_scale, guidance)
+        scale = scale_at(self.guidance_scale, i)
+        return self.policy.predict(x, self.level(i), self.condition, scale, guidance)
 
     def transition(self, i: int, prediction: Prediction) -> Normal:
         """Return the Gaussian of the state after step i."""
@@ -115,9 +118,10 @@ class Chain:
         """Noise a clean latent to the level of evaluation i, with the noise of that draw."""
         return self.levels.alpha[i] * x0 + self.levels.sigma[i] * self.draw("renoise", draw)
 
-    def evaluations(self) -> int:
-        """Return the denoiser evaluations of one step of all rows."""
-        return len(self.rows) * self.policy.evaluations_per_prediction(self.guidance_scale)
+    def evaluations(self, steps: Iterable[int]) -> int:
+        """Return the denoiser evaluations of all rows at these steps."""
+        branches = (self.policy.evaluations_per_prediction(scale_at(self.guidance_scale, i)) for i in steps)
+        return len(self.rows) * sum(branches)
 
 
 def check_trainable(policy: Policy) -> None:

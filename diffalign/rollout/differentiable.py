@@ -12,6 +12,7 @@ from diffalign.noise import Address
 from diffalign.policies import Condition, Guidance, Policy
 from diffalign.rollout.chain import Chain, Trajectory, check_rows, check_trainable
 from diffalign.rollout.gradient import Plan
+from diffalign.rollout.guidance import GuidanceScale
 
 
 def differentiable_rollout(
@@ -22,7 +23,7 @@ def differentiable_rollout(
     *,
     rows: Sequence[Address],
     seed: int,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     plan: Plan,
     guidance: Guidance = "pipeline",
     checkpoint: bool = True,
@@ -43,7 +44,7 @@ def differentiable_rollout(
         schedule: the levels.
         rows: noise address of each row.
         seed: the run's seed.
-        guidance_scale: weight of classifier-free guidance.
+        guidance_scale: weight of classifier-free guidance; of all steps, or of each.
         plan: where the gradient flows, from a :class:`GradientRule`.
         guidance: "detach_unconditional" leaves the unconditional branch without graph.
         checkpoint: store only the state of each step with gradient and evaluate it again in the backward pass.
@@ -84,15 +85,17 @@ def _sample(chain: Chain, plan: Plan, guidance: Guidance, checkpoint: bool, refe
     result.latents = torch.cat(results)
     result.prediction_mse = torch.stack(squares).mean(0) if squares else None
     result.kl = torch.stack(divergences).sum(0) if divergences else None
-    evaluated, graded = last + 1 + plan.renoised + len(squares), len(plan.graded) + plan.renoised
-    result.ledger = _cost(chain, evaluated, graded, guidance)
+    result.ledger = _cost(chain, plan, last, guidance, reference)
     return result
 
 
-def _cost(chain: Chain, evaluated: int, graded: int, guidance: Guidance) -> Ledger:
-    """Cost of so many evaluated and graded steps; a detached unconditional branch has no backward pass."""
-    backward = len(chain.rows) if guidance == "detach_unconditional" else chain.evaluations()
-    return Ledger(denoiser_evaluations=evaluated * chain.evaluations(), backward_passes=graded * backward)
+def _cost(chain: Chain, plan: Plan, last: int, guidance: Guidance, reference: bool) -> Ledger:
+    """Cost of the steps up to `last` and of the renoised ones; a detached unconditional branch has no backward pass."""
+    again = [last] * plan.renoised
+    graded = [*(i for i in plan.graded if i <= last), *again]
+    evaluated = [*range(last + 1), *again, *(graded if reference else [])]
+    backward = len(chain.rows) * len(graded) if guidance == "detach_unconditional" else chain.evaluations(graded)
+    return Ledger(denoiser_evaluations=chain.evaluations(evaluated), backward_passes=backward)
 
 
 def _predict_planned(chain: Chain, i: int, x: Tensor, plan: Plan, guidance: Guidance, checkpoint: bool) -> Prediction:

@@ -9,6 +9,7 @@ from diffalign.laws import Law, Normal, Reduction, Schedule
 from diffalign.noise import Address
 from diffalign.policies import Condition, Guidance, Policy
 from diffalign.rollout.chain import Chain, Trajectory, check_rows
+from diffalign.rollout.guidance import GuidanceScale, scale_at
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def rollout(
     *,
     rows: Sequence[Address],
     seed: int,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     micro_batch_size: int | None = None,
     record_states: bool = False,
     record_log_probs: Reduction | None = None,
@@ -37,7 +38,7 @@ def rollout(
         schedule: the levels, from ``policy.schedule``.
         rows: noise address of each row, ``(prompt_id, sample_index)``.
         seed: the run's seed.
-        guidance_scale: weight of classifier-free guidance, none at 1 or less.
+        guidance_scale: weight of classifier-free guidance, none at 1 or less; of all steps, or of each.
         micro_batch_size: rows evaluated at once. It bounds memory; a kernel may round differently for another size.
         record_states: keep every state.
         record_log_probs: keep every step's log-density, reduced so over the latent elements.
@@ -80,7 +81,7 @@ def _sample(chain: Chain, states: bool, reduction: Reduction | None, transitions
             result.transitions.append(transition)
     result.latents = x
     result.log_probs = torch.stack(log_probs, 1) if log_probs else None
-    result.ledger.denoiser_evaluations = len(chain.stochastic) * chain.evaluations()
+    result.ledger.denoiser_evaluations = chain.evaluations(range(len(chain.stochastic)))
     return result
 
 
@@ -107,7 +108,7 @@ def transition(
     schedule: Schedule,
     step: int,
     *,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     guidance: Guidance = "pipeline",
     micro_batch_size: int | None = None,
 ) -> Normal:
@@ -135,12 +136,13 @@ def transition(
         raise ValueError("the trajectory holds no states: record it with record_states=True")
     x = trajectory.states[step]
     level, target = schedule.level(step, x.device), schedule.target(step, x.device)
+    scale = scale_at(guidance_scale, step)
     parts = []
     for start in range(0, len(x), micro_batch_size or len(x)):
         index = slice(start, start + (micro_batch_size or len(x)))
         chunk = x[index]
         at = level.expand(len(chunk))
-        prediction = policy.predict(chunk, at, condition.rows(index), guidance_scale, guidance)
+        prediction = policy.predict(chunk, at, condition.rows(index), scale, guidance)
         parts.append(law.step(prediction, target.expand(len(chunk))))
     return Normal(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
 
@@ -152,7 +154,7 @@ def log_probs(
     law: Law,
     schedule: Schedule,
     *,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     reduction: Reduction,
     guidance: Guidance = "pipeline",
     steps: Sequence[int] | None = None,

@@ -9,7 +9,7 @@ so L is computed without a graph, w from that small matrix alone, and then each 
 its w, as few at a time as memory wants.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from diffalign.laws import Law, Reduction, Schedule
 from diffalign.ledger import Ledger
 from diffalign.policies import Condition, Guidance, Policy
 from diffalign.rollout.chain import Trajectory, check_trainable
+from diffalign.rollout.guidance import GuidanceScale, scale_at
 from diffalign.rollout.recorded import chosen_steps, log_probs
 
 
@@ -29,7 +30,7 @@ def trajectory_gradient(
     schedule: Schedule,
     loss: Callable[[Tensor], Tensor],
     *,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     reduction: Reduction,
     guidance: Guidance = "pipeline",
     steps: Sequence[int] | None = None,
@@ -69,15 +70,21 @@ def trajectory_gradient(
     row, column = weight.nonzero().cpu().unbind(1)
     step = torch.tensor(chosen)[column]
     states = torch.stack(trajectory.states, 1)  # type: ignore[arg-type]  # log_probs has refused None
-    size = micro_batch_size or max(1, len(row))
-    for start in range(0, len(row), size):
-        pairs = slice(start, start + size)
+    for scale, pairs in _batches([scale_at(guidance_scale, i) for i in step.tolist()], micro_batch_size):
         b, s = row[pairs], step[pairs]
         level, target = schedule.level(s, matrix.device), schedule.target(s, matrix.device)
-        prediction = policy.predict(states[b, s], level, condition.rows(b), guidance_scale, guidance)
+        prediction = policy.predict(states[b, s], level, condition.rows(b), scale, guidance)
         density = law.step(prediction, target).log_prob(states[b, s + 1], reduction, validate=False)
         (weight[b, column[pairs]] * density).sum().backward()
-    branches = policy.evaluations_per_prediction(guidance_scale)
-    backward = 1 if guidance == "detach_unconditional" else branches
-    cost = Ledger(denoiser_evaluations=(matrix.numel() + len(row)) * branches, backward_passes=len(row) * backward)
-    return value.detach(), cost
+    branches = [policy.evaluations_per_prediction(scale_at(guidance_scale, i)) for i in step.tolist()]
+    first = len(matrix) * sum(policy.evaluations_per_prediction(scale_at(guidance_scale, i)) for i in chosen)
+    backward = len(row) if guidance == "detach_unconditional" else sum(branches)
+    return value.detach(), Ledger(denoiser_evaluations=first + sum(branches), backward_passes=backward)
+
+
+def _batches(scales: list[float], size: int | None) -> Iterator[tuple[float, list[int]]]:
+    """Indices of pairs that are guided alike, at most `size` at a time."""
+    for scale in dict.fromkeys(scales):
+        alike = [i for i, of_pair in enumerate(scales) if of_pair == scale]
+        for start in range(0, len(alike), size or len(alike)):
+            yield scale, alike[start : start + (size or len(alike))]
