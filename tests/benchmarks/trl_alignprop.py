@@ -109,34 +109,46 @@ def ours(args):
     return gradient, measured(step, args.batch) if args.time else {}
 
 
+def trl_trainer(folder, path, reward, *, batch, steps, k, guidance_scale, rank, mixed_precision, cpu):
+    """trl's trainer, from the folder that trl lies in, of the pipeline at a path; its class writes down rank 4."""
+    sys.path.insert(0, folder)
+    warnings.simplefilter("ignore")
+    from accelerate import PartialState
+
+    PartialState(cpu=cpu)  # trl logs while it loads, which asks for it
+    from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
+    from trl.models import modeling_sd_base
+
+    lora = modeling_sd_base.LoraConfig
+    modeling_sd_base.LoraConfig = lambda **settings: lora(**settings | {"r": rank, "lora_alpha": rank})
+    pipeline = DefaultDDPOStableDiffusionPipeline(path, use_lora=True)
+    numbers = iter(range(10**9))
+    config = AlignPropConfig(
+        sample_num_steps=steps, sample_guidance_scale=guidance_scale, sample_eta=0.0, train_batch_size=batch,
+        train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=steps - k,
+        mixed_precision=mixed_precision, train_learning_rate=1e-12, train_adam_weight_decay=0.0,
+        train_max_grad_norm=1e30, seed=0,
+    )  # fmt: skip
+    config.accelerator_kwargs = {"cpu": cpu}
+    trainer = AlignPropTrainer(
+        config, lambda images, prompts, metadata: (reward(images, prompts, metadata), {}),
+        lambda: (PROMPTS[next(numbers) % batch % len(PROMPTS)], {}), pipeline,
+    )  # fmt: skip
+    pipeline.sd_pipeline.set_progress_bar_config(disable=True)
+    return trainer, pipeline
+
+
 def trl(args):
-    sys.path.insert(0, args.trl)
     import torch
 
     from diffalign._compat import ensure_torchvision
 
     ensure_torchvision()
-    warnings.simplefilter("ignore")
-    from accelerate import PartialState
-
-    PartialState(cpu=True)  # trl logs while it loads, which asks for it
-    from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
-
     torch.manual_seed(0)
-    pipeline = DefaultDDPOStableDiffusionPipeline(args.pipeline, use_lora=True)
-    numbers = iter(range(10**9))
-    config = AlignPropConfig(
-        sample_num_steps=args.steps, sample_guidance_scale=5.0, sample_eta=0.0, train_batch_size=args.batch,
-        train_gradient_accumulation_steps=1, truncated_backprop_rand=False, truncated_backprop_timestep=args.steps -
-        args.k, mixed_precision="no", train_learning_rate=1e-12, train_adam_weight_decay=0.0,
-        train_max_grad_norm=1e30, seed=0,
+    trainer, pipeline = trl_trainer(
+        args.trl, args.pipeline, reward, batch=args.batch, steps=args.steps, k=args.k, guidance_scale=5.0, rank=4,
+        mixed_precision="no", cpu=True,
     )  # fmt: skip
-    config.accelerator_kwargs = {"cpu": True}
-    trainer = AlignPropTrainer(
-        config, lambda images, prompts, metadata: (reward(images, prompts, metadata), {}),
-        lambda: (PROMPTS[next(numbers) % args.batch % len(PROMPTS)], {}), pipeline,
-    )  # fmt: skip
-    pipeline.sd_pipeline.set_progress_bar_config(disable=True)
     parameters = {n: p for n, p in pipeline.sd_pipeline.unet.named_parameters() if p.requires_grad}
     set_lora(parameters)
     make = pipeline.sd_pipeline.prepare_latents
@@ -152,6 +164,13 @@ def trl(args):
     trainer.optimizer.step = keep_and_update
     trainer.step(0, 0)
     return dict(gradient), measured(lambda: trainer.step(0, 0), args.batch) if args.time else {}
+
+
+def install(folder):
+    """trl without its dependencies in a folder of its own, unless it is there."""
+    if not Path(folder, "trl").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, *TRL]
+        subprocess.run(command, check=True)
 
 
 def side(name, args, **changes):
@@ -197,9 +216,7 @@ def main():
         save_file({k: v.contiguous() for k, v in gradient.items()}, Path(args.out, "gradient.safetensors"))
         Path(args.out, "measured.json").write_text(json.dumps(result))
         return 0
-    if not Path(args.trl, "trl").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", args.trl, *TRL]
-        subprocess.run(command, check=True)
+    install(args.trl)
     return compare(args)
 
 
