@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ class Footprint:
         """Images at once that would fit, with a tenth to spare; 0 where not even one does."""
         fixed = self.peak - self.images * self.per_image
         return max(0, int((0.9 * self.room - fixed) / max(self.per_image, 1)))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images at once in the fewest equal parts that fit, one where not even one fits."""
+        parts = math.ceil(self.images / max(1, self.fitting))
+        return math.ceil(self.images / parts)
 
 
 def footprint(trainer: Trainer, prompts: Sequence[Prompt]) -> Footprint | None:

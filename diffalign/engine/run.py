@@ -17,6 +17,7 @@ from diffalign.config import write_resolved
 from diffalign.data import Prompt, read_prompts
 from diffalign.engine.checkpoint import load_checkpoint, save_checkpoint
 from diffalign.engine.evaluate import Evaluation, image_diversity, sample_images, score_images
+from diffalign.engine.footprint import footprint
 from diffalign.engine.interrupt import deferred_interrupt
 from diffalign.engine.load import load_policy
 from diffalign.engine.output import claim, refusals_explained
@@ -90,6 +91,8 @@ def _train(run: Run) -> Path:
     metrics = Metrics(run.output_dir, recipe.report_to, resume_step=step, accelerator=run.trainer.accelerator)
     if run.is_main:
         write_resolved(recipe, run.output_dir / "config.yaml")
+    if run.policy.device.type != "cpu":
+        settle_micro_batch(run)
     if step == 0:
         first = validate(run)
         prove_gradient(run, first)
@@ -155,7 +158,27 @@ def resume(run: Run) -> int:
     step, tree = found
     run.trainer.load_state_dict(tree)
     run.parting.load_state_dict(tree.get("parting", {}))
+    if run.trainer.training.micro_batch_size == "auto":
+        kept = {"micro_batch_size": tree.get("micro_batch_size", "auto")}
+        run.trainer.training = run.trainer.training.model_copy(update=kept)
     return step
+
+
+def settle_micro_batch(run: Run) -> None:
+    """Where the recipe says `auto`, as many images at once as fit, by the estimate of `footprint`.
+
+    A group may be divided, as its images add up to the same gradient. The number is kept in the checkpoints: a resumed
+    run adds up in the same order.
+    """
+    trainer = run.trainer
+    found = footprint(trainer, run.prompts["train"]) if trainer.training.micro_batch_size == "auto" else None
+    if found is None:
+        return
+    trainer.training = trainer.training.model_copy(update={"micro_batch_size": found.micro_batch_size})
+    logger.info(
+        "micro_batch_size: %d of %d images at once; all of them take about %.1f of %.1f GiB",
+        *(found.micro_batch_size, found.images, found.peak / 2**30, found.room / 2**30),
+    )
 
 
 def loop(run: Run, metrics: Metrics) -> None:
@@ -183,7 +206,8 @@ def checkpoint(run: Run) -> None:
         save_checkpoint(
             run.output_dir / "checkpoints",
             run.trainer.step,
-            run.trainer.state_dict() | {"parting": run.parting.state_dict()},
+            run.trainer.state_dict()
+            | {"parting": run.parting.state_dict(), "micro_batch_size": run.trainer.training.micro_batch_size},
             total_limit=run.recipe.checkpoints_total_limit,
         )
     run.trainer.accelerator.wait_for_everyone()

@@ -27,7 +27,7 @@ class TrainingConfig(Settings):
     num_prompts_per_step: PositiveInt = 16
     group_size: PositiveInt = Field(1, description="images per prompt and step")
     micro_batch_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="images in one rollout with gradient; auto: all of a process's images at once"
+        "auto", description="images in one rollout with gradient; auto: all of a process's, on a GPU as many as fit"
     )
     learning_rate: float = Field(1e-3, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"

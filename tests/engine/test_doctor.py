@@ -9,6 +9,7 @@ import torch
 from diffalign import rewards
 from diffalign.config import load_recipe
 from diffalign.engine import doctor, footprint, machine
+from diffalign.engine import run as run_module
 from diffalign.engine.run import build
 from diffalign.engine.stand_ins import BUILDERS, missing_reward, write_reward
 from diffalign.laws import Normal, default_law
@@ -154,6 +155,23 @@ def test_too_little_memory_is_told_with_what_would_fit(run, monkeypatch, found, 
     finding = doctor.memory(run)
     assert finding.verdict == verdict
     assert finding.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(("room", "size"), [(10_000, 8), (1000, 4), (600, 3), (400, 1), (100, 1)])
+def test_the_micro_batch_is_in_equal_parts_that_fit(run, monkeypatch, tmp_path, room, size):
+    monkeypatch.setattr(run_module, "footprint", lambda *_: footprint.Footprint(8, 1000, 100, room))
+    run.output_dir, kept = tmp_path, run.trainer.training
+    try:
+        run_module.settle_micro_batch(run)
+        assert run.trainer.training.micro_batch_size == size
+        # A resumed run takes the same, whatever would fit now.
+        run_module.checkpoint(run)
+        run.trainer.training = kept
+        run.recipe = run.recipe.model_copy(update={"resume_from_checkpoint": "latest"})
+        run_module.resume(run)
+        assert run.trainer.training.micro_batch_size == size
+    finally:
+        run.trainer.training = kept
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
