@@ -2,14 +2,16 @@
 
 diffusers' ``set_attention_backend`` reaches only processors that go through its dispatcher. Those of
 UNet2DConditionModel and SD3Transformer2DModel call torch's scaled_dot_product_attention themselves and would ignore it
-without a word, so here the choice is made around that call.
+without a word, so here the choice is made around that call, in which the dispatcher's own default ends too.
 """
 
+import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KERNELS = {
@@ -18,31 +20,33 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-SDPA_PROCESSORS = ("AttnProcessor2_0", "JointAttnProcessor2_0")
+SDPA_PROCESSORS = (
+    "AttnProcessor2_0",
+    "JointAttnProcessor2_0",
+    "FluxAttnProcessor",
+    "QwenDoubleStreamAttnProcessor2_0",
+    "SanaAttnProcessor2_0",
+)
+LINEAR_PROCESSORS = ("SanaLinearAttnProcessor2_0",)
+"""Attention without a softmax, which has no kernel to choose."""
 
 
-class KernelProcessor:
-    """Runs a diffusers attention processor under one kernel of torch's scaled_dot_product_attention.
+def under_kernel(processor: Any, kernel: SDPBackend) -> Any:
+    """A copy of a diffusers attention processor that runs under one kernel of torch's scaled_dot_product_attention.
 
     The choice sits inside the module, so that it also holds when a checkpointed block is computed again in the
-    backward pass.
+    backward pass. The copy is of a class with the same name and signature, by which diffusers chooses its arguments.
     """
+    kind = type(processor)
 
-    def __init__(self, processor: Any, kernel: SDPBackend) -> None:
-        self.processor = processor
-        self.kernel = kernel
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(kernel):
+            return kind.__call__(self, *args, **kwargs)
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **arguments: Any,
-    ) -> Any:
-        """Run the processor; the arguments are those of diffusers' attention processors."""
-        with sdpa_kernel(self.kernel):
-            return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **arguments)
+    chosen = copy.copy(processor)
+    chosen.__class__ = type(kind.__name__, (kind,), {"__call__": call, "kernel": kernel})
+    return chosen
 
 
 def set_attention(denoiser: Any, backend: str, processors: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -64,7 +68,7 @@ def set_attention(denoiser: Any, backend: str, processors: Mapping[str, Any], dt
     if backend in KERNELS:
         _refuse_unavailable(backend, next(denoiser.parameters()).device, dtype)
         kernel = KERNELS[backend]
-        denoiser.set_attn_processor({name: KernelProcessor(p, kernel) for name, p in processors.items()})
+        denoiser.set_attn_processor({name: under_kernel(p, kernel) for name, p in processors.items()})
         return
     denoiser.set_attn_processor(dict(processors))
     if backend == "xformers":
@@ -73,11 +77,19 @@ def set_attention(denoiser: Any, backend: str, processors: Mapping[str, Any], dt
 
 
 def _refuse_unreached(backend: str, processors: Mapping[str, Any]) -> None:
-    others = {type(p).__name__ for p in processors.values()} - set(SDPA_PROCESSORS)
+    # diffusers' xformers processors are those of its oldest attention modules only.
+    reached = SDPA_PROCESSORS[:2] if backend == "xformers" else SDPA_PROCESSORS + LINEAR_PROCESSORS
+    others = {type(p).__name__ for p in processors.values()} - set(reached)
     if others:
         raise ValueError(
             f"attention {backend!r} would be ignored by {', '.join(sorted(others))}: use attention 'auto', "
-            f"or set processors of {' or '.join(SDPA_PROCESSORS)} first"
+            f"or set processors of {' or '.join(reached)} first"
+        )
+    chosen = {str(getattr(p, "_attention_backend", None) or "native") for p in processors.values()}
+    if any("native" not in name.lower() for name in chosen):
+        raise ValueError(
+            f"attention {backend!r} would be ignored: set_attention_backend chose {', '.join(sorted(chosen))} on this "
+            "pipeline; use attention 'auto', or call reset_attention_backend() first"
         )
 
 
