@@ -13,7 +13,7 @@ import yaml
 from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PositiveInt, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from diffalign.finetune.config import METHODS, GuidanceInterval, Settings, TrainingConfig
+from diffalign.finetune.config import EVERY_STEP, METHODS, GuidanceInterval, Settings, TrainingConfig
 from diffalign.recipe_file import FileProblem, find_recipe, merge, read_overrides, read_tree
 from diffalign.recipe_problems import Problem, RecipeError, schema_problems
 from diffalign.recipe_references import anchor_paths, check_references, content_hashes
@@ -90,13 +90,26 @@ class EvaluationConfig(Settings):
 
     num_inference_steps: PositiveInt = Field(default=50, description="default: the method's")
     guidance_scale: float = Field(default=5.0, ge=0, description="default: the method's")
-    guidance_interval: GuidanceInterval = Field(default=[0.0, 1.0], description="default: the method's")
+    guidance_interval: GuidanceInterval = Field(default=EVERY_STEP, description="default: the method's")
     eta: float = Field(default=0.0, ge=0, description="noise of the sampler; 0 is deterministic")
     num_images_per_prompt: PositiveInt = 1
     num_validation_prompts: PositiveInt | None = Field(default=64, description="the first so many; null: all")
     num_test_prompts: PositiveInt | None = Field(default=None, description="the first so many; null: all")
     validation_steps: PositiveInt = Field(default=10, description="training steps from one validation to the next")
     batch_size: PositiveInt = Field(default=32, description="images at a time; changes no result beyond rounding")
+
+    def sampling(self) -> dict[str, Any]:
+        """The keyword arguments of `diffalign.engine.evaluate.sample_images`, but the seed."""
+        return self.model_dump(
+            include={
+                "num_inference_steps",
+                "guidance_scale",
+                "guidance_interval",
+                "eta",
+                "num_images_per_prompt",
+                "batch_size",
+            }
+        )
 
 
 class _MethodUnion:

@@ -16,4 +16,5 @@ def start(script, arguments, world):
     ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)] if world > 1 else [{}]
     command = [sys.executable, str(script), *map(str, arguments)]
     started = [subprocess.Popen(command, env=common | rank, stderr=subprocess.PIPE, text=True) for rank in ranks]
-    return [(process.communicate()[1], process.returncode)[::-1] for process in started]
+    errors = [process.communicate()[1] for process in started]
+    return [(process.returncode, error) for process, error in zip(started, errors, strict=True)]

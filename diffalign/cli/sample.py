@@ -47,17 +47,7 @@ def run(
     policy = load_policy(pipeline)
     if lora is not None:
         policy.load_lora(lora)
-    images = sample_images(
-        policy,
-        chosen,
-        num_inference_steps=evaluation.num_inference_steps,
-        guidance_scale=evaluation.guidance_scale,
-        guidance_interval=evaluation.guidance_interval,
-        eta=evaluation.eta,
-        seed=seed,
-        num_images_per_prompt=evaluation.num_images_per_prompt,
-        batch_size=evaluation.batch_size,
-    )
+    images = sample_images(policy, chosen, seed=seed, **evaluation.sampling())
     write(images, out, evaluation.num_images_per_prompt, seed)
     print(f"{len(images.prompts)} images: {out}")
 

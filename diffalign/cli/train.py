@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +20,11 @@ def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path], *, dry_r
     from diffalign.cli.figures import print_figures
     from diffalign.cli.terminal import quiet_loading
     from diffalign.engine.run import train
+    from diffalign.processes import process_state
 
     quiet_loading()
     report = train(checked)
-    if os.environ.get("RANK", "0") == "0":  # one of several processes that accelerate started
+    if process_state().is_main_process:
         print_figures(report.parent)
         print(f"report: {report}")
 

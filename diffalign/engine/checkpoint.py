@@ -59,11 +59,8 @@ def save_checkpoint(root: str | Path, step: int, tree: Tree, total_limit: int | 
     except (OSError, SafetensorError) as error:
         if temporary.exists():
             _remove(temporary)
-        valid = latest_valid(root)
-        stands = f"{valid.name} is kept and valid" if valid else "there is no earlier one"
         raise CheckpointNotSaved(
-            f"the checkpoint of step {step} could not be written to {root} ({error}); {stands}. Free some space, then "
-            "go on with resume_from_checkpoint=latest"
+            f"the checkpoint of step {step} could not be written to {root} ({error}); {what_stands(root)}"
         ) from error
     _prune(root, target, total_limit)
     return target
@@ -105,9 +102,11 @@ def load_checkpoint(root: str | Path, which: str | Path = "latest") -> tuple[int
     return None
 
 
-def latest_valid(root: Path) -> Path | None:
-    """The newest checkpoint under `root` that verifies."""
-    return next((path for path in _newest_first(root) if defect(path) is None), None)
+def what_stands(root: Path) -> str:
+    """After a disk has refused: the newest checkpoint under `root` that verifies, and how to go on from it."""
+    valid = next((path for path in _newest_first(root) if defect(path) is None), None)
+    stands = f"{valid.name} is kept and valid" if valid else "there is no checkpoint yet"
+    return f"{stands}. Free some space, then go on with resume_from_checkpoint=latest"
 
 
 def defect(path: Path, *, contents: bool = True) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from diffalign.engine.checkpoint import latest_valid
+from diffalign.engine.checkpoint import what_stands
+from diffalign.processes import process_state
 
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
@@ -31,7 +31,7 @@ def claim(output_dir: Path, *, resume: bool) -> None:
         FileExistsError: the folder holds a run, and it is not to be resumed: nothing is overwritten.
         ValueError: no folder can be made there, or no file can be written in it.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not process_state().is_main_process:
         return
     if not resume and (output_dir / "metrics.jsonl").exists():
         raise FileExistsError(
@@ -56,9 +56,6 @@ def refusals_explained(output_dir: Path) -> Iterator[None]:
         numbers = [error.errno] if isinstance(error, OSError) else map(int, re.findall(r"os error (\d+)", str(error)))
         if REFUSALS.isdisjoint(numbers):
             raise
-        valid = latest_valid(output_dir / "checkpoints")
-        stands = f"checkpoint {valid.name} is valid" if valid else "there is no checkpoint yet"
         raise DiskRefused(
-            f"a file could not be written in {output_dir} ({error}); {stands}. Free some space, then go on with "
-            "resume_from_checkpoint=latest"
+            f"a file could not be written in {output_dir} ({error}); {what_stands(output_dir / 'checkpoints')}"
         ) from error

@@ -20,6 +20,7 @@ from diffalign.engine.evaluate import Evaluation, image_diversity, sample_images
 from diffalign.engine.footprint import footprint
 from diffalign.engine.interrupt import deferred_interrupt
 from diffalign.engine.load import load_policy
+from diffalign.engine.machine import GIB
 from diffalign.engine.output import claim, refusals_explained
 from diffalign.engine.parting import Parting
 from diffalign.engine.summary import compare_with_reference
@@ -177,7 +178,7 @@ def settle_micro_batch(run: Run) -> None:
     trainer.training = trainer.training.model_copy(update={"micro_batch_size": found.micro_batch_size})
     logger.info(
         "micro_batch_size: %d of %d images at once; all of them take about %.1f of %.1f GiB",
-        *(found.micro_batch_size, found.images, found.peak / 2**30, found.room / 2**30),
+        *(found.micro_batch_size, found.images, found.peak / GIB, found.room / GIB),
     )
 
 
@@ -215,12 +216,8 @@ def checkpoint(run: Run) -> None:
 
 def evaluate(run: Run, split: str, limit: int | None) -> Evaluation:
     """Samples and scores the first `limit` prompts of a split with the recipe's evaluation settings."""
-    settings = run.recipe.evaluation
     evaluation = sample_images(
-        run.policy,
-        run.prompts[split][:limit],
-        seed=run.recipe.seed,
-        **settings.model_dump(exclude={"num_validation_prompts", "num_test_prompts", "validation_steps"}),
+        run.policy, run.prompts[split][:limit], seed=run.recipe.seed, **run.recipe.evaluation.sampling()
     )
     return score_images(evaluation, run.judges, device=run.policy.device)
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from diffalign import media
 from diffalign.engine.evaluate import Evaluation, image_diversity
 from diffalign.engine.tracking import read_metrics
+from diffalign.finetune.config import EVERY_STEP
 from diffalign.ledger import Ledger
 from diffalign.noise import normal
 from diffalign.report import Figure, Pair, Summary, compare, is_oracle
@@ -77,14 +78,14 @@ def compare_with_reference(
 def described(settings: EvaluationConfig) -> str:
     """The sampling in words."""
     said = f"{settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}"
-    if settings.guidance_interval != [0.0, 1.0]:
+    if settings.guidance_interval != EVERY_STEP:
         said += " from {:g} to {:g} of them".format(*settings.guidance_interval)
     return said if settings.eta == 0 else f"{said}, eta {settings.eta:g}"
 
 
 def _plain(settings: EvaluationConfig) -> bool:
     """Whether the pipeline's own call, with no callback, draws the images from their noise."""
-    return settings.eta == 0 and settings.guidance_interval == [0.0, 1.0]
+    return settings.eta == 0 and settings.guidance_interval == EVERY_STEP
 
 
 def sampling(recipe: Recipe) -> dict[str, float]:

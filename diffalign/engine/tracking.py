@@ -28,8 +28,9 @@ class Metrics:
     Args:
         output_dir: the run's folder.
         report_to: names of accelerate's trackers; tensorboard writes to `output_dir/tensorboard`.
-        resume_step: rows after this step are dropped, so that the steps which are done again are not there twice. 0:
-        all. accelerator: of the run; its trackers are started here and ended by `close`.
+        resume_step: rows after this step are dropped, so that the steps which are done again are not there twice;
+            with 0 all are.
+        accelerator: of the run; its trackers are started here and ended by `close`.
 
     Raises:
         ValueError: a tracker does not start.
@@ -44,7 +45,6 @@ class Metrics:
         accelerator: Accelerator | None = None,
     ) -> None:
         self._file: TextIO | None = None
-        self._trackers: list[GeneralTracker] = []
         self._accelerator = accelerator or Accelerator()
         if report_to:
             self._start(report_to, str(Path(output_dir) / "tensorboard"), resume_step)
@@ -66,7 +66,6 @@ class Metrics:
                 f"report_to {list(report_to)}: a tracker does not start ({type(error).__name__}: {error}); mend it, or "
                 "leave it out: metrics.jsonl is written anyway"
             ) from error
-        self._trackers = list(accelerator.trackers)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row; it has a `step`. Numbers that are not finite become null, which JSON can hold.
@@ -91,11 +90,11 @@ class Metrics:
             raise
 
     def _tell_all(self, tell: Callable[[GeneralTracker], object]) -> None:
-        for tracker in list(self._trackers):
+        for tracker in list(self._accelerator.trackers):
             try:
                 tell(tracker)
             except Exception as error:  # of whatever library the tracker is
-                self._trackers.remove(tracker)
+                self._accelerator.trackers.remove(tracker)
                 logger.warning(
                     "tracker %s failed (%s: %s) and is left out from here on; metrics.jsonl has every row",
                     tracker.name,

@@ -120,6 +120,7 @@ def _between(interval: list[float]) -> list[float]:
     return interval
 
 
+EVERY_STEP = [0.0, 1.0]
 GuidanceInterval = Annotated[list[float], AfterValidator(_between)]
 
 
@@ -140,7 +141,7 @@ class RewardBackpropConfig(Settings):
     num_inference_steps: PositiveInt = 50
     guidance_scale: float = Field(5.0, ge=0)
     guidance_interval: GuidanceInterval = Field(
-        [0.0, 1.0], description="shares of the steps, from the noise on, between which guidance acts; [0, 1]: in all"
+        EVERY_STEP, description="shares of the steps, from the noise on, between which guidance acts; [0, 1]: in all"
     )
     eta: float = Field(0.0, ge=0, description="DDIM's eta; for a flow pipeline the noise level a of the flow SDE")
     guidance: Literal["pipeline", "detach_unconditional"] = Field(

@@ -78,7 +78,7 @@ class Trainer:
         self.config = self.config_class(**settings)
         self.policy = policy
         self.reward = as_reward(reward).to(policy.device)
-        process_state()
+        process_state()  # joins the others, which an Accelerator that is the first to ask may not (see there)
         self.accelerator = Accelerator(mixed_precision=self.training.mixed_precision)
         if not policy.trainable():
             policy.add_lora(rank=8, alpha=8)

@@ -2,7 +2,7 @@
 
 diffusers' ``set_attention_backend`` reaches only processors that go through its dispatcher. Those of
 UNet2DConditionModel and SD3Transformer2DModel call torch's scaled_dot_product_attention themselves and would ignore it
-without a word, so here the choice is made around that call, in which the dispatcher's own default ends too.
+without a word, so here the choice is made around that call, in which the dispatcher's native backend ends too.
 """
 
 import copy
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -46,6 +47,8 @@ def under_kernel(processor: Any, kernel: SDPBackend) -> Any:
 
     chosen = copy.copy(processor)
     chosen.__class__ = type(kind.__name__, (kind,), {"__call__": call, "kernel": kernel})
+    if hasattr(kind, "_attention_backend"):
+        chosen._attention_backend = AttentionBackendName.NATIVE  # which ends in torch's call, whatever was set before
     return chosen
 
 
@@ -84,12 +87,6 @@ def _refuse_unreached(backend: str, processors: Mapping[str, Any]) -> None:
         raise ValueError(
             f"attention {backend!r} would be ignored by {', '.join(sorted(others))}: use attention 'auto', "
             f"or set processors of {' or '.join(reached)} first"
-        )
-    chosen = {str(getattr(p, "_attention_backend", None) or "native") for p in processors.values()}
-    if any("native" not in name.lower() for name in chosen):
-        raise ValueError(
-            f"attention {backend!r} would be ignored: set_attention_backend chose {', '.join(sorted(chosen))} on this "
-            "pipeline; use attention 'auto', or call reset_attention_backend() first"
         )
 
 

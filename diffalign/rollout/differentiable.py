@@ -92,7 +92,7 @@ def _sample(chain: Chain, plan: Plan, guidance: Guidance, checkpoint: bool, refe
 def _cost(chain: Chain, plan: Plan, last: int, guidance: Guidance, reference: bool) -> Ledger:
     """Cost of the steps up to `last` and of the renoised ones; a detached unconditional branch has no backward pass."""
     again = [last] * plan.renoised
-    graded = [*(i for i in plan.graded if i <= last), *again]
+    graded = [*plan.graded, *again]
     evaluated = [*range(last + 1), *again, *(graded if reference else [])]
     backward = len(chain.rows) * len(graded) if guidance == "detach_unconditional" else chain.evaluations(graded)
     return Ledger(denoiser_evaluations=chain.evaluations(evaluated), backward_passes=backward)

@@ -11,7 +11,7 @@ GuidanceScale = float | Sequence[float]
 
 
 def in_interval(guidance_scale: float, num_steps: int, interval: Sequence[float] = (0.0, 1.0)) -> GuidanceScale:
-    """Guidance in an interval of the steps only (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    """Guidance in an interval of the steps only (Kynkäänniemi et al. 2024, arXiv 2404.07724).
 
     Departure from the paper, whose interval is one of noise levels: this one is a share of the steps, as that of
     diffusers' guiders (``start``, ``stop``), so that it means the same with any number of steps.

@@ -9,7 +9,7 @@ from diffalign.laws import Law, Normal, Reduction, Schedule
 from diffalign.noise import Address
 from diffalign.policies import Condition, Guidance, Policy
 from diffalign.rollout.chain import Chain, Trajectory, check_rows
-from diffalign.rollout.guidance import GuidanceScale, scale_at
+from diffalign.rollout.guidance import GuidanceScale, check_scale, scale_at
 
 
 @torch.no_grad()
@@ -130,12 +130,13 @@ def transition(
         micro_batch_size: rows evaluated at once.
 
     Raises:
-        ValueError: the trajectory holds no states.
+        ValueError: the trajectory holds no states, or there are guidance scales for another number of steps.
     """
     if trajectory.states is None:
         raise ValueError("the trajectory holds no states: record it with record_states=True")
     x = trajectory.states[step]
     level, target = schedule.level(step, x.device), schedule.target(step, x.device)
+    check_scale(guidance_scale, len(schedule), policy)
     scale = scale_at(guidance_scale, step)
     parts = []
     for start in range(0, len(x), micro_batch_size or len(x)):

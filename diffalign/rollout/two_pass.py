@@ -50,7 +50,8 @@ def trajectory_gradient(
         guidance: likewise.
         steps: likewise.
         micro_batch_size: how many densities are evaluated at once: in the first pass of as many rows at one step, in
-            the second of whatever rows and steps. Those that the loss is flat in, such as clipped ones, have no second.
+            the second of whatever rows and steps are guided alike. Those that the loss is flat in, such as clipped
+            ones, have no second.
 
     Returns:
         The loss, without graph, and the cost.
@@ -70,19 +71,20 @@ def trajectory_gradient(
     row, column = weight.nonzero().cpu().unbind(1)
     step = torch.tensor(chosen)[column]
     states = torch.stack(trajectory.states, 1)  # type: ignore[arg-type]  # log_probs has refused None
-    for scale, pairs in _batches([scale_at(guidance_scale, i) for i in step.tolist()], micro_batch_size):
+    scales = [scale_at(guidance_scale, i) for i in step.tolist()]
+    for scale, pairs in _alike(scales, micro_batch_size):
         b, s = row[pairs], step[pairs]
         level, target = schedule.level(s, matrix.device), schedule.target(s, matrix.device)
         prediction = policy.predict(states[b, s], level, condition.rows(b), scale, guidance)
         density = law.step(prediction, target).log_prob(states[b, s + 1], reduction, validate=False)
         (weight[b, column[pairs]] * density).sum().backward()
-    branches = [policy.evaluations_per_prediction(scale_at(guidance_scale, i)) for i in step.tolist()]
     first = len(matrix) * sum(policy.evaluations_per_prediction(scale_at(guidance_scale, i)) for i in chosen)
-    backward = len(row) if guidance == "detach_unconditional" else sum(branches)
-    return value.detach(), Ledger(denoiser_evaluations=first + sum(branches), backward_passes=backward)
+    second = sum(map(policy.evaluations_per_prediction, scales))
+    backward = len(row) if guidance == "detach_unconditional" else second
+    return value.detach(), Ledger(denoiser_evaluations=first + second, backward_passes=backward)
 
 
-def _batches(scales: list[float], size: int | None) -> Iterator[tuple[float, list[int]]]:
+def _alike(scales: list[float], size: int | None) -> Iterator[tuple[float, list[int]]]:
     """Indices of pairs that are guided alike, at most `size` at a time."""
     for scale in dict.fromkeys(scales):
         alike = [i for i, of_pair in enumerate(scales) if of_pair == scale]

@@ -2,10 +2,12 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
 
+from diffalign.engine import output
 from diffalign.engine.checkpoint import save_checkpoint
 from diffalign.engine.output import DiskRefused, claim, refusals_explained
 
@@ -21,7 +23,7 @@ def test_a_run_is_not_overwritten(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="already holds a run; go on with resume_from_checkpoint=latest"):
         claim(tmp_path, resume=False)
     # The metrics of the first process are no run of another: ranks start at different times.
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(output, "process_state", lambda: SimpleNamespace(is_main_process=False))
     claim(tmp_path, resume=False)
 
 
@@ -63,7 +65,7 @@ def test_a_full_disk_names_the_checkpoint_that_stands(tmp_path, error):
         raise error
     save_checkpoint(tmp_path / "checkpoints", 20, {"step": 20})
     with (
-        pytest.raises(DiskRefused, match=r"checkpoint step-000020 is valid\. Free .*latest"),
+        pytest.raises(DiskRefused, match=r"step-000020 is kept and valid\. Free .*latest"),
         refusals_explained(tmp_path),
     ):
         raise error

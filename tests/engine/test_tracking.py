@@ -91,9 +91,9 @@ class Server(GeneralTracker):
 
 
 def test_a_tracker_that_dies_is_left_out_and_the_run_goes_on(tmp_path, caplog):
-    metrics = Metrics(tmp_path, report_to=["tensorboard"], accelerator=Accelerator())
-    server = Server(lives=2)
-    metrics._trackers.insert(0, server)
+    accelerator, server = Accelerator(), Server(lives=2)
+    metrics = Metrics(tmp_path, report_to=["tensorboard"], accelerator=accelerator)
+    accelerator.trackers.insert(0, server)
     with caplog.at_level(logging.WARNING):
         for step in range(1, 6):
             metrics.append({"step": step, "reward": 0.5})

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler, UniPCMultistepScheduler
-from diffusers.models.attention_dispatch import AttentionBackendName
 
 from diffalign.laws import DDIM
 from diffalign.noise import normal
@@ -144,13 +143,6 @@ def half_precision_vae() -> None:
     Policy.wrap(pipe)
 
 
-def dispatched_flux() -> None:
-    policy = Policy.wrap(tiny_flux())
-    for processor in policy.denoiser.attn_processors.values():
-        processor._attention_backend = AttentionBackendName.FLEX  # as set_attention_backend does, where it can run
-    policy.set_attention("math")
-
-
 @pytest.mark.parametrize(
     ("attempt", "words"),
     [
@@ -166,7 +158,6 @@ def dispatched_flux() -> None:
         (lambda: Policy.wrap(tiny_flux()).set_max_sequence_length(513), "use 1 to 512"),
         (lambda: Policy.wrap(tiny_sdxl()).set_max_sequence_length(77), "leave it out"),
         (lambda: Policy.wrap(tiny_flux()).set_attention("xformers"), "would be ignored by FluxAttnProcessor"),
-        (dispatched_flux, "set_attention_backend chose AttentionBackendName.FLEX on this pipeline"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_in_words(attempt, words: str) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch.nn.attention import SDPBackend
 
 from diffalign.laws import DDIM, FlowODE
 from diffalign.noise import normal
@@ -164,9 +166,8 @@ def test_attention_kernels_take_effect_where_they_are_set(build) -> None:
     automatic, expected = output(), gradient(policy, x, level, condition)
     policy.set_attention("math")
     processors = policy.denoiser.attn_processors
-    assert {name: type(p).__name__ for name, p in processors.items()} == {
-        name: type(p).__name__ for name, p in originals.items()
-    }
+    assert all(p.kernel is SDPBackend.MATH for p in processors.values())
+    assert [type(p).__name__ for p in processors.values()] == [type(p).__name__ for p in originals.values()]
     enabled: list[bool] = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -185,6 +186,26 @@ def test_attention_kernels_take_effect_where_they_are_set(build) -> None:
     policy.set_attention("auto")
     assert dict(policy.denoiser.attn_processors) == originals
     assert torch.equal(output(), automatic)
+
+
+def test_a_kernel_takes_effect_whatever_the_dispatcher_was_told(monkeypatch) -> None:
+    policy = Policy.wrap(tiny_flux())
+    for processor in policy.denoiser.attn_processors.values():
+        processor._attention_backend = AttentionBackendName._NATIVE_FLASH  # as set_attention_backend does
+    policy.set_attention("math")
+    (x, level), condition = state(policy), policy.encode(["a bad dog", "a lake"])
+    enabled: list[bool] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments, **settings):
+        enabled.append(torch.backends.cuda.flash_sdp_enabled())
+        return attend(*arguments, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.no_grad():
+        policy.predict(x, level, condition, 1.0)
+    assert enabled
+    assert not any(enabled)
 
 
 def gradient(policy, x, level, condition) -> torch.Tensor:
