@@ -34,6 +34,16 @@ class PipelineConfig(Settings):
     max_sequence_length: PositiveInt | None = Field(
         None, description="tokens of the prompt for T5, in SD3 pipelines; null: the pipeline's default, 256"
     )
+    compile: bool = Field(False, description="torch.compile on the denoiser's repeated blocks")
+    offload_text_encoders: bool = Field(
+        False, description="text encoders wait in main memory and come to the device for prompts not yet encoded"
+    )
+    vae_slicing: bool = Field(False, description="the VAE decodes one image at a time")
+    vae_tiling: bool = Field(False, description="the VAE decodes large images in tiles, which changes pixels a little")
+    tiny_decoder: str | None = Field(
+        None,
+        description="an AutoencoderTiny (folder or hub id) that decodes where there is a gradient, only there",
+    )
 
 
 class AdapterConfig(Settings):

@@ -16,6 +16,8 @@ from diffalign.recipe_problems import Problem, suggest
 from diffalign.registry import UnknownName, data_root, resolve_data
 
 SPLITS = ("train", "validation", "test")
+PLACES = {"pipeline": ("path", "tiny_decoder"), "adapter": ("path",), "prompts": SPLITS}
+"""Keys of a recipe that hold a path or a name, by section."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -26,7 +28,7 @@ def anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     working directory, not beside a recipe that may lie in an installed package.
     """
     folder = folder.resolve()
-    for section, key in (("pipeline", "path"), ("adapter", "path"), *(("prompts", split) for split in SPLITS)):
+    for section, key in ((section, key) for section, keys in PLACES.items() for key in keys):
         values = tree.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str) and not _is_name(section, values[key], folder):
             values[key] = str(folder / Path(values[key]).expanduser())
@@ -74,7 +76,7 @@ def check_references(tree: dict[str, Any]) -> list[Problem]:
 def _texts(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The (key, value) of every reference in the tree."""
     found: list[tuple[str, Any]] = []
-    for section, names in {"pipeline": ("path",), "adapter": ("path",), "prompts": SPLITS}.items():
+    for section, names in PLACES.items():
         found += [(f"{section}.{name}", _section(tree, section).get(name)) for name in names]
     for kind in ("train", "heldout"):
         for i, term in enumerate(_items(_section(tree, "rewards").get(kind))):
@@ -101,7 +103,7 @@ def _wrong(key: str, value: str) -> str | None:
         if value in ("wandb", "trackio") and importlib.util.find_spec(value) is None:
             return f"{value} is not installed: pip install 'diffalign[tracking]', or report to tensorboard"
         return None
-    if key == "pipeline.path" and _HUB_ID.fullmatch(value):
+    if key.startswith("pipeline.") and _HUB_ID.fullmatch(value):
         return None  # a hub id; whether it is there only the hub knows
     try:
         path = resolve_data(value, Path.cwd())
@@ -113,6 +115,9 @@ def _wrong(key: str, value: str) -> str | None:
         return (
             None if (path / "model_index.json").is_file() else "is no diffusers pipeline: model_index.json is missing"
         )
+    if key == "pipeline.tiny_decoder":
+        there = (path / "config.json").is_file()
+        return None if there else "is no folder of an AutoencoderTiny: give one, or a hub id such as madebyollin/taesd"
     if key == "adapter.path":
         file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
         return (
@@ -145,7 +150,7 @@ def content_hashes(tree: dict[str, Any]) -> dict[str, str]:
     """sha256 of every file or folder that a recipe's tree points to, by key; a hub id has its revision instead."""
     hashes = {}
     for key, value in _texts(tree):
-        if key.startswith(("report_to", "resume_from")) or (key == "pipeline.path" and _HUB_ID.fullmatch(value)):
+        if key.startswith(("report_to", "resume_from")) or (key.startswith("pipeline.") and _HUB_ID.fullmatch(value)):
             continue
         path = data_root("rewards") / f"{value.casefold()}.yaml" if key.startswith("rewards.") else Path(value)
         path = resolve_data(path if _is_reward_file(str(path)) else value, Path.cwd())

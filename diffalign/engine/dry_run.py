@@ -60,6 +60,9 @@ def reduced(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     if recipe.pipeline.attention != "auto" and process_state().device.type == "cpu":
         pipeline["attention"] = "auto"
         unchecked.append(f"attention {recipe.pipeline.attention} (there is no GPU here)")
+    if recipe.pipeline.tiny_decoder is not None:
+        pipeline["tiny_decoder"] = None
+        unchecked.append(f"the tiny decoder {recipe.pipeline.tiny_decoder}")
     if recipe.adapter.path is not None:
         unchecked.append(f"the LoRA {recipe.adapter.path}")
     trackers = [name for name in recipe.report_to if name == "tensorboard"]

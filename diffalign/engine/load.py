@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 def load_policy(config: PipelineConfig) -> Policy:
     """Loads the pipeline on this process's device and sets what the recipe asks of it."""
     policy = Policy.from_pretrained(config.path, dtype=config.dtype, revision=config.revision)
-    policy.pipe.to(process_state().device)
+    policy.place(process_state().device, offload_text_encoders=config.offload_text_encoders)
     policy.set_attention(config.attention)
+    policy.set_vae(slicing=config.vae_slicing, tiling=config.vae_tiling)
+    if config.tiny_decoder is not None:
+        policy.set_tiny_decoder(config.tiny_decoder)
+    if config.compile:
+        policy.compile_blocks()
     if config.max_sequence_length is not None:
         policy.set_max_sequence_length(config.max_sequence_length)
     return policy

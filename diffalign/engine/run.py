@@ -23,6 +23,7 @@ from diffalign.engine.load import load_policy
 from diffalign.engine.machine import GIB
 from diffalign.engine.output import claim, refusals_explained
 from diffalign.engine.parting import Parting
+from diffalign.engine.shares import join, share
 from diffalign.engine.summary import compare_with_reference
 from diffalign.engine.tracking import Metrics
 from diffalign.finetune import Trainer, trainer_class
@@ -102,7 +103,11 @@ def _train(run: Run) -> Path:
     metrics.close()
     if run.is_main:
         run.policy.save_lora(run.output_dir / "lora")
-        report.write_report(run.output_dir, summarise(run))
+    base, tuned = test(run)
+    if run.is_main:
+        shape = run.policy.latent_shape()
+        summary = compare_with_reference(recipe, run.output_dir, run.judges, base, tuned, shape)
+        report.write_report(run.output_dir, summary)
     run.trainer.accelerator.wait_for_everyone()
     return run.output_dir / "report.html"
 
@@ -215,11 +220,14 @@ def checkpoint(run: Run) -> None:
 
 
 def evaluate(run: Run, split: str, limit: int | None) -> Evaluation:
-    """Samples and scores the first `limit` prompts of a split with the recipe's evaluation settings."""
-    evaluation = sample_images(
-        run.policy, run.prompts[split][:limit], seed=run.recipe.seed, **run.recipe.evaluation.sampling()
-    )
-    return score_images(evaluation, run.judges, device=run.policy.device)
+    """Samples and scores the first `limit` prompts of a split with the recipe's evaluation settings.
+
+    Processes share the work, and all must call this together.
+    """
+    prompts, accelerator = run.prompts[split][:limit], run.trainer.accelerator
+    mine = share(prompts, accelerator.process_index, accelerator.num_processes)
+    part = sample_images(run.policy, mine, seed=run.recipe.seed, **run.recipe.evaluation.sampling())
+    return join(score_images(part, run.judges, device=run.policy.device), prompts, accelerator)
 
 
 def validate(run: Run) -> Evaluation:
@@ -256,13 +264,12 @@ def prove_gradient(run: Run, evaluation: Evaluation) -> None:
     rewards.check_gradient(run.train_reward, images, [p.text for p in prompts], [p.metadata for p in prompts])
 
 
-def summarise(run: Run) -> report.Summary:
+def test(run: Run) -> tuple[Evaluation, Evaluation]:
     """The test prompts, read once, under the reference and under the adapter, from the same noise."""
     limit = run.recipe.evaluation.num_test_prompts
     tuned = evaluate(run, "test", limit)
     with run.policy.reference():
-        base = evaluate(run, "test", limit)
-    return compare_with_reference(run.recipe, run.output_dir, run.judges, base, tuned, run.policy.latent_shape())
+        return evaluate(run, "test", limit), tuned
 
 
 @contextmanager

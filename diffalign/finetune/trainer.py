@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.data import Prompt, PromptSampler
 from diffalign.finetune.config import Settings, TrainingConfig
@@ -38,6 +38,32 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, in the precision that the settings ask for.
+
+    Raises:
+        ValueError: 8-bit AdamW without a GPU or without bitsandbytes.
+    """
+    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
+    if training.optimizer == "adamw_8bit":
+        if parameters[0].device.type != "cuda":
+            raise ValueError(
+                f"optimizer = adamw_8bit needs a GPU, and the adapter is on {parameters[0].device}: use adamw"
+            )
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise ValueError("optimizer = adamw_8bit needs bitsandbytes: pip install 'diffalign[gpu]'") from error
+        kind = AdamW8bit
+    return kind(
+        parameters,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        weight_decay=training.adam_weight_decay,
+        eps=training.adam_epsilon,
+    )
 
 
 class StepFailed(RuntimeError):
@@ -67,7 +93,7 @@ class Trainer:
 
     Gradients are summed over processes explicitly after the backward passes. A wrapper such as
     DistributedDataParallel would see only calls that go through it, and several per backward pass here, so it is not
-    used.
+    used. Where accelerate is configured for FSDP, only frozen weights are divided: see `Policy.shard_blocks`.
     """
 
     config_class: ClassVar[type[Settings]]
@@ -82,15 +108,11 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=self.training.mixed_precision)
         if not policy.trainable():
             policy.add_lora(rank=8, alpha=8)
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            policy.shard_blocks()
         policy.set_gradient_checkpointing(self.training.gradient_checkpointing == "block")
         self.parameters = list(policy.trainable().values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=self.training.learning_rate,
-            betas=(self.training.adam_beta1, self.training.adam_beta2),
-            weight_decay=self.training.adam_weight_decay,
-            eps=self.training.adam_epsilon,
-        )
+        self.optimizer = make_optimizer(self.parameters, self.training)
         self.lr_scheduler = get_scheduler(
             self.training.lr_scheduler,
             self.optimizer,

@@ -11,18 +11,40 @@ from tests.processes import start
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def launch(out, world):
+def launch(out, world, build="sd", weights="whole"):
     out.mkdir()
-    for status, errors in start(SCRIPT, [out], world):
+    for status, errors in start(SCRIPT, [out, build, weights], world):
         assert status == 0, errors
     return [load_file(out / f"{r}.safetensors") for r in range(world)]
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("processes") / "two", 2)
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_with_both_batches(tmp_path):
+def test_two_processes_equal_one_with_both_batches(tmp_path, two):
     (one,) = launch(tmp_path / "one", 1)
-    first, second = launch(tmp_path / "two", 2)
+    first, second = two
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
         # Sums of float32 in another order; Adam's first steps divide by the gradient's own size.
         torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_frozen_weights_that_are_divided_train_the_same_adapter(tmp_path, two):
+    compare(two, launch(tmp_path / "sharded", 2, weights="sharded"))
+
+
+@pytest.mark.verify
+def test_frozen_weights_of_a_transformer_are_divided_too(tmp_path):
+    compare(launch(tmp_path / "whole", 2, "sd3"), launch(tmp_path / "sharded", 2, "sd3", "sharded"))
+
+
+def compare(whole, sharded):
+    assert sum(int(rank["held"]) for rank in sharded) == int(whole[0]["held"])
+    for rank in sharded:
+        for name in rank.keys() - {"held"}:
+            torch.testing.assert_close(rank[name], whole[0][name], rtol=1e-3, atol=2e-6, msg=name)
