@@ -1,9 +1,7 @@
 """A diffusers pipeline as a policy: encode prompts, predict, decode. The pipeline stays the user's own."""
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -15,15 +13,14 @@ from diffalign.policies.attention import set_attention
 from diffalign.policies.condition import Condition
 from diffalign.policies.decoding import Decoding
 from diffalign.policies.lora import LoraAdapter
+from diffalign.policies.memory import Memory
 from diffalign.registry import Registry, locate
-
-logger = logging.getLogger(__name__)
 
 Guidance = Literal["pipeline", "detach_unconditional"]
 """How gradients go through classifier-free guidance; see :meth:`Policy.predict`."""
 
 
-class Policy(LoraAdapter, Decoding, ABC):
+class Policy(LoraAdapter, Decoding, Memory, ABC):
     """A text-to-image pipeline seen as a Markov chain's policy.
 
     The state is the unpacked latent (B, C, h, w) in fp32 (float64 for a float64 denoiser), whatever type the denoiser
@@ -52,7 +49,6 @@ class Policy(LoraAdapter, Decoding, ABC):
         self._encoded: dict[str, Condition] = {}
         self._unconditional: Condition | None = None
         self._processors: dict[str, Any] = {}
-        self._offloaded: list[nn.Module] = []
         self.check()
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
@@ -171,37 +167,9 @@ class Policy(LoraAdapter, Decoding, ABC):
             raise ValueError(f"prompts = {prompts!r} is not a list of prompts: give at least one, in a list")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if new:
-            with self._text_encoders_here():
+            with self.text_encoders_here():
                 self._encoded |= {prompt: self.encode_one(prompt).to("cpu") for prompt in new}
         return Condition.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
-
-    def place(self, device: torch.device | str, *, offload_text_encoders: bool = False) -> None:
-        """Move the pipeline to a device.
-
-        Args:
-            device: where everything computes.
-            offload_text_encoders: text encoders wait in main memory and come to the device for prompts not yet encoded.
-        """
-        self._offloaded = self.text_encoders if offload_text_encoders else []
-        for component in self.pipe.components.values():
-            if isinstance(component, nn.Module) and component not in self._offloaded:
-                component.to(device)
-
-    @property
-    def text_encoders(self) -> list[nn.Module]:
-        """The pipeline's text encoders."""
-        parts = self.pipe.components.items()
-        return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
-
-    @contextmanager
-    def _text_encoders_here(self) -> Iterator[None]:
-        for encoder in self._offloaded:
-            encoder.to(self.device)
-        try:
-            yield
-        finally:
-            for encoder in self._offloaded:
-                encoder.to("cpu")
 
     def set_max_sequence_length(self, tokens: int) -> None:
         """Give the long text encoder this many tokens, as ``pipe(..., max_sequence_length=tokens)``; fewer are faster.
@@ -226,7 +194,7 @@ class Policy(LoraAdapter, Decoding, ABC):
     def unconditional(self, batch_size: int) -> Condition:
         """Return the condition of the pipeline's default negative prompt for a batch."""
         if self._unconditional is None or self._unconditional.device != self.device:
-            with torch.no_grad(), self._text_encoders_here():
+            with torch.no_grad(), self.text_encoders_here():
                 self._unconditional = self.encode_unconditional().to(self.device)
         return self._unconditional.expand(batch_size)
 
@@ -313,56 +281,6 @@ class Policy(LoraAdapter, Decoding, ABC):
     def combine(self, unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
         """Combine the branches of classifier-free guidance, each (B, C, h, w) in fp32 at least."""
         return unconditional + guidance_scale * (conditional - unconditional)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute the blocks of denoiser and decoder in the backward pass instead of storing their activations.
-
-        It is on in evaluation mode as well: diffusers asks only whether gradients are enabled. A decoder that diffusers
-        cannot checkpoint stores its activations; a line in the log says so.
-        """
-        for module in (self.denoiser, self.tiny_decoder or self.pipe.vae):
-            if enabled and not module._supports_gradient_checkpointing:
-                logger.warning("%s has no gradient checkpointing: decode fewer images at once", type(module).__name__)
-            elif enabled:
-                module.enable_gradient_checkpointing()
-            else:
-                module.disable_gradient_checkpointing()
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the denoiser's repeated blocks, each kind once: regional compilation, as diffusers has it for some.
-
-        Those are the blocks that diffusers names, or all members of the denoiser's module lists. The first call of each
-        shape takes its time; adapters may be added before it.
-
-        Args:
-            **options: of ``torch.compile``, such as ``backend`` or ``mode``.
-        """
-        named = getattr(self.denoiser, "_repeated_blocks", None)
-        kinds = named or {type(block).__name__ for block in self.blocks}
-        for module in self.denoiser.modules():
-            if type(module).__name__ in kinds:
-                module.compile(**options)
-
-    def shard_blocks(self) -> None:
-        """Divide the frozen weights of the denoiser's blocks among the processes (FSDP2, ``fully_shard``).
-
-        A block is gathered for as long as it computes. The adapter, added before, stays whole on every process, so that
-        its gradient is summed and its file written as without. All processes must call the denoiser equally often.
-        """
-        from torch.distributed import get_world_size
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(self.device.type, (get_world_size(),))
-        adapter = set(self.trainable().values())
-        for block in self.blocks:
-            fully_shard(block, mesh=mesh, ignored_params=adapter)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The members of the denoiser's module lists, which hold most of its weights."""
-        lists = [child for child in self.denoiser.children() if isinstance(child, nn.ModuleList)]
-        return [block for blocks in lists for block in blocks]
 
     def set_attention(self, backend: str) -> None:
         """Choose the attention kernel of the denoiser, "auto" for torch's own choice.
