@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import DistributedType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffalign import media, report, rewards
@@ -93,7 +94,8 @@ def _train(run: Run) -> Path:
     metrics = Metrics(run.output_dir, recipe.report_to, resume_step=step, accelerator=run.trainer.accelerator)
     if run.is_main:
         write_resolved(recipe, run.output_dir / "config.yaml")
-    if run.policy.device.type != "cpu":
+    # Where weights are divided, processes that measured different numbers would wait for each other.
+    if run.policy.device.type != "cpu" and run.trainer.accelerator.distributed_type != DistributedType.FSDP:
         settle_micro_batch(run)
     if step == 0:
         first = validate(run)
