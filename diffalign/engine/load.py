@@ -16,7 +16,10 @@ def load_policy(config: PipelineConfig) -> Policy:
     policy = Policy.from_pretrained(config.path, dtype=config.dtype, revision=config.revision)
     policy.place(process_state().device, offload_text_encoders=config.offload_text_encoders)
     policy.set_attention(config.attention)
-    policy.set_vae(slicing=config.vae_slicing, tiling=config.vae_tiling)
+    if config.vae_slicing:
+        policy.pipe.vae.enable_slicing()
+    if config.vae_tiling:
+        policy.pipe.vae.enable_tiling()
     if config.tiny_decoder is not None:
         policy.set_tiny_decoder(config.tiny_decoder)
     if config.compile:

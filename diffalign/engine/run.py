@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import DistributedType
+from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffalign import media, report, rewards
@@ -94,8 +94,7 @@ def _train(run: Run) -> Path:
     metrics = Metrics(run.output_dir, recipe.report_to, resume_step=step, accelerator=run.trainer.accelerator)
     if run.is_main:
         write_resolved(recipe, run.output_dir / "config.yaml")
-    # Where weights are divided, processes that measured different numbers would wait for each other.
-    if run.policy.device.type != "cpu" and run.trainer.accelerator.distributed_type != DistributedType.FSDP:
+    if run.policy.device.type != "cpu":
         settle_micro_batch(run)
     if step == 0:
         first = validate(run)
@@ -105,7 +104,7 @@ def _train(run: Run) -> Path:
     metrics.close()
     if run.is_main:
         run.policy.save_lora(run.output_dir / "lora")
-    base, tuned = test(run)
+    base, tuned = before_and_after(run)
     if run.is_main:
         shape = run.policy.latent_shape()
         summary = compare_with_reference(recipe, run.output_dir, run.judges, base, tuned, shape)
@@ -175,17 +174,19 @@ def resume(run: Run) -> int:
 def settle_micro_batch(run: Run) -> None:
     """Where the recipe says `auto`, as many images at once as fit, by the estimate of `footprint`.
 
-    A group may be divided, as its images add up to the same gradient. The number is kept in the checkpoints: a resumed
-    run adds up in the same order.
+    A group may be divided, as its images add up to the same gradient. Every process takes what fits on the one with
+    least room: where weights are divided, they must call the denoiser equally often. The number is kept in the
+    checkpoints: a resumed run adds up in the same order.
     """
     trainer = run.trainer
     found = footprint(trainer, run.prompts["train"]) if trainer.training.micro_batch_size == "auto" else None
     if found is None:
         return
-    trainer.training = trainer.training.model_copy(update={"micro_batch_size": found.micro_batch_size})
+    smallest = min(gather_object([found.micro_batch_size]))
+    trainer.training = trainer.training.model_copy(update={"micro_batch_size": smallest})
     logger.info(
         "micro_batch_size: %d of %d images at once; all of them take about %.1f of %.1f GiB",
-        *(found.micro_batch_size, found.images, found.peak / GIB, found.room / GIB),
+        *(smallest, found.images, found.peak / GIB, found.room / GIB),
     )
 
 
@@ -266,7 +267,7 @@ def prove_gradient(run: Run, evaluation: Evaluation) -> None:
     rewards.check_gradient(run.train_reward, images, [p.text for p in prompts], [p.metadata for p in prompts])
 
 
-def test(run: Run) -> tuple[Evaluation, Evaluation]:
+def before_and_after(run: Run) -> tuple[Evaluation, Evaluation]:
     """The test prompts, read once, under the reference and under the adapter, from the same noise."""
     limit = run.recipe.evaluation.num_test_prompts
     tuned = evaluate(run, "test", limit)

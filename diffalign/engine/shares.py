@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 
 from diffalign.engine.evaluate import Evaluation
 from diffalign.ledger import Ledger
@@ -39,12 +39,9 @@ def join(part: Evaluation, prompts: Sequence[Prompt], accelerator: Accelerator) 
     def gather(values: torch.Tensor) -> torch.Tensor:
         return accelerator.gather(values.to(accelerator.device)).cpu()[:length]
 
-    cost = torch.tensor(dataclasses.astuple(part.ledger), dtype=torch.float64, device=accelerator.device)
-    total = accelerator.reduce(cost, reduction="sum").tolist()
-    kinds = [type(value) for value in dataclasses.astuple(part.ledger)]
     return Evaluation(
         prompts=[p for p in prompts for _ in range(copies)],
         images=gather(part.images),
         scores={name: gather(values) for name, values in part.scores.items()},
-        ledger=Ledger(*(kind(value) for kind, value in zip(kinds, total, strict=True))),
+        ledger=sum(gather_object([part.ledger]), Ledger()),
     )

@@ -64,7 +64,7 @@ def compare_with_reference(
             "test, base": base.ledger.as_dict(),
             "test, tuned": tuned.ledger.as_dict(),
         },
-        sampling=sampling(recipe),
+        sampling=pipeline_arguments(recipe),
         notes=[
             "Base and tuned images start from the same noise.",
             "Intervals are 95 % bootstrap intervals over prompts, paired.",
@@ -88,7 +88,7 @@ def _plain(settings: EvaluationConfig) -> bool:
     return settings.eta == 0 and settings.guidance_interval == EVERY_STEP
 
 
-def sampling(recipe: Recipe) -> dict[str, float]:
+def pipeline_arguments(recipe: Recipe) -> dict[str, float]:
     """Keyword arguments with which the pipeline itself draws the images."""
     kept = recipe.evaluation.model_dump(include={"num_inference_steps", "guidance_scale"})
     tokens = recipe.pipeline.max_sequence_length

@@ -30,7 +30,7 @@ class TrainingConfig(Settings):
         "auto", description="images in one rollout with gradient; auto: all of a process's, on a GPU as many as fit"
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit: of bitsandbytes, on a GPU; an eighth of the state of large adapters' AdamW"
+        "adamw", description="adamw_8bit: of bitsandbytes, on a GPU; a quarter of the state of AdamW"
     )
     learning_rate: float = Field(1e-3, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"

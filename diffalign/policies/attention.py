@@ -21,9 +21,11 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+XFORMERS_PROCESSORS = ("AttnProcessor2_0", "JointAttnProcessor2_0")
+"""Those of diffusers' oldest attention modules, the only ones that its xformers processors replace."""
+
 SDPA_PROCESSORS = (
-    "AttnProcessor2_0",
-    "JointAttnProcessor2_0",
+    *XFORMERS_PROCESSORS,
     "FluxAttnProcessor",
     "QwenDoubleStreamAttnProcessor2_0",
     "SanaAttnProcessor2_0",
@@ -80,8 +82,7 @@ def set_attention(denoiser: Any, backend: str, processors: Mapping[str, Any], dt
 
 
 def _refuse_unreached(backend: str, processors: Mapping[str, Any]) -> None:
-    # diffusers' xformers processors are those of its oldest attention modules only.
-    reached = SDPA_PROCESSORS[:2] if backend == "xformers" else SDPA_PROCESSORS + LINEAR_PROCESSORS
+    reached = XFORMERS_PROCESSORS if backend == "xformers" else SDPA_PROCESSORS + LINEAR_PROCESSORS
     others = {type(p).__name__ for p in processors.values()} - set(reached)
     if others:
         raise ValueError(

@@ -42,8 +42,7 @@ class Decoding:
 
     def _decode_tiny(self, latents: Tensor) -> Tensor:
         tiny: Any = self.tiny_decoder
-        unscaled = latents / tiny.config.scaling_factor + tiny.config.shift_factor
-        return tiny.decode(unscaled.to(tiny.dtype), return_dict=False)[0]
+        return tiny.decode(unscaled(latents, tiny.config).to(tiny.dtype), return_dict=False)[0]
 
     def decoder_output(self, latents: Tensor) -> Tensor:
         """Run the VAE's decoder on what it reads, (B, C, h, w) -> (B, 3, H, W) in about [-1, 1]."""
@@ -74,17 +73,7 @@ class Decoding:
             )
         self.tiny_decoder = tiny
 
-    def set_vae(self, *, slicing: bool = False, tiling: bool = False) -> None:
-        """Bound the VAE's memory: decode one image at a time, or one in overlapping tiles whose seams are blended.
 
-        Tiles change the pixels a little, and only in images that are larger than one tile of the VAE.
-
-        Raises:
-            ValueError: this VAE cannot do it.
-        """
-        for asked, name in ((slicing, "slicing"), (tiling, "tiling")):
-            if not asked:
-                continue
-            if not hasattr(self.pipe.vae, f"enable_{name}"):
-                raise ValueError(f"vae_{name}: {type(self.pipe.vae).__name__} has none; leave it out")
-            getattr(self.pipe.vae, f"enable_{name}")()
+def unscaled(latents: Tensor, config: Any) -> Tensor:
+    """Undo an autoencoder's scale and, where its config has one, its shift."""
+    return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)

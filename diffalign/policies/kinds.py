@@ -4,6 +4,7 @@ from torch import Tensor
 
 from diffalign.laws import PredictionKind, Schedule
 from diffalign.policies.base import Policy
+from diffalign.policies.decoding import unscaled
 from diffalign.policies.tables import as_flow_euler, check_diffusion, read_diffusion, read_flow
 
 
@@ -46,5 +47,4 @@ class FlowPolicy(Policy):
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Undo the VAE's scale and, where its config has one, its shift."""
-        config = self.pipe.vae.config
-        return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return unscaled(latents, self.pipe.vae.config)

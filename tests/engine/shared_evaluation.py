@@ -23,6 +23,7 @@ accelerator = Accelerator()
 prompts = [Prompt(text, number, {}) for number, text in enumerate(["a bad dog", "a lake", "a red cab"])]
 mine = share(prompts, accelerator.process_index, accelerator.num_processes)
 part = sample_images(Policy.wrap(tiny_sd()), mine, num_inference_steps=3, guidance_scale=2.0, num_images_per_prompt=2)
+part.ledger.peak_memory_bytes = 100 + accelerator.process_index
 reward = as_reward(lambda images, prompts, metadata: images[:, 0].mean((1, 2)))
 whole = join(score_images(part, {"red": reward}), prompts, accelerator)
 assert [p.id for p in whole.prompts] == [0, 0, 1, 1, 2, 2]
@@ -30,6 +31,7 @@ tensors = {
     "images": whole.images.contiguous(),
     "red": whole.scores["red"],
     "sampled": torch.tensor(whole.ledger.decodes),
+    "peak_memory": torch.tensor(whole.ledger.peak_memory_bytes),
 }
 save_file(tensors, Path(sys.argv[1], f"{os.environ.get('RANK', '0')}.safetensors"))
 if torch.distributed.is_initialized():

@@ -174,6 +174,17 @@ def test_the_micro_batch_is_in_equal_parts_that_fit(run, monkeypatch, tmp_path, 
         run.trainer.training = kept
 
 
+def test_the_micro_batch_is_that_of_the_process_with_least_room(run, monkeypatch):
+    monkeypatch.setattr(run_module, "footprint", lambda *_: footprint.Footprint(8, 1000, 100, 10_000))
+    monkeypatch.setattr(run_module, "gather_object", lambda mine: [*mine, 4])
+    kept = run.trainer.training
+    try:
+        run_module.settle_micro_batch(run)
+        assert run.trainer.training.micro_batch_size == 4
+    finally:
+        run.trainer.training = kept
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_the_peak_of_some_work_is_what_it_held():
     cpu = torch.device("cpu")

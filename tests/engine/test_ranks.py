@@ -58,3 +58,4 @@ def test_an_evaluation_by_two_processes_is_that_of_one(tmp_path):
         assert (both["images"].int() - one["images"].int()).abs().max() <= 1
         torch.testing.assert_close(both["red"], one["red"], rtol=0, atol=1e-3)
         assert (one["sampled"], both["sampled"]) == (6, 8)  # one prompt fills up the second share
+        assert (one["peak_memory"], both["peak_memory"]) == (100, 101)  # the most of them, not all together

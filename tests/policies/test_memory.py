@@ -67,12 +67,12 @@ def test_slices_and_tiles_of_the_vae_have_the_images_and_the_gradient() -> None:
 
     images, gradient = run()
     assert sizes == [(2, 4, 32, 32)]
-    policy.set_vae(slicing=True)
+    policy.pipe.vae.enable_slicing()
     sliced, its_gradient = run()
     assert sizes == [(1, 4, 32, 32)] * 2
     torch.testing.assert_close(sliced, images, rtol=0, atol=1e-5)
     torch.testing.assert_close(its_gradient, gradient, rtol=1e-3, atol=1e-5)
-    policy.set_vae(tiling=True)
+    policy.pipe.vae.enable_tiling()
     tiled, its_gradient = run()
     assert {size[-2:] for size in sizes} <= {(16, 16), (16, 8), (8, 16), (8, 8)}
     # Attention and normalisation see a tile each: near, not equal.

@@ -1,5 +1,8 @@
 """Encoding, reference, checkpointing, attention, precision: what a policy promises about its pipeline."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -25,6 +28,21 @@ def randomise(policy: Policy) -> None:
     random = torch.Generator().manual_seed(0)
     for parameter in policy.trainable().values():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=random))
+
+
+@contextmanager
+def flash_seen() -> Iterator[list[bool]]:
+    """For each attention within the context, whether flash attention was allowed when it was called."""
+    enabled: list[bool] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments, **settings):
+        enabled.append(torch.backends.cuda.flash_sdp_enabled())
+        return attend(*arguments, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        yield enabled
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -168,15 +186,7 @@ def test_attention_kernels_take_effect_where_they_are_set(build) -> None:
     processors = policy.denoiser.attn_processors
     assert all(p.kernel is SDPBackend.MATH for p in processors.values())
     assert [type(p).__name__ for p in processors.values()] == [type(p).__name__ for p in originals.values()]
-    enabled: list[bool] = []
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*arguments, **settings):
-        enabled.append(torch.backends.cuda.flash_sdp_enabled())
-        return attend(*arguments, **settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with flash_seen() as enabled:
         math = output()
     assert enabled
     assert not any(enabled), "flash attention was still allowed inside the denoiser"
@@ -188,21 +198,13 @@ def test_attention_kernels_take_effect_where_they_are_set(build) -> None:
     assert torch.equal(output(), automatic)
 
 
-def test_a_kernel_takes_effect_whatever_the_dispatcher_was_told(monkeypatch) -> None:
+def test_a_kernel_takes_effect_whatever_the_dispatcher_was_told() -> None:
     policy = Policy.wrap(tiny_flux())
     for processor in policy.denoiser.attn_processors.values():
         processor._attention_backend = AttentionBackendName._NATIVE_FLASH  # as set_attention_backend does
     policy.set_attention("math")
     (x, level), condition = state(policy), policy.encode(["a bad dog", "a lake"])
-    enabled: list[bool] = []
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*arguments, **settings):
-        enabled.append(torch.backends.cuda.flash_sdp_enabled())
-        return attend(*arguments, **settings)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    with torch.no_grad():
+    with flash_seen() as enabled, torch.no_grad():
         policy.predict(x, level, condition, 1.0)
     assert enabled
     assert not any(enabled)
