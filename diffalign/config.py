@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from diffalign.finetune.config import EVERY_STEP, METHODS, GuidanceInterval, Settings, TrainingConfig
@@ -37,6 +46,9 @@ class PipelineConfig(Settings):
     compile: bool = Field(False, description="torch.compile on the denoiser's repeated blocks")
     offload_text_encoders: bool = Field(
         False, description="text encoders wait in main memory and come to the device for prompts not yet encoded"
+    )
+    offload_blocks: bool = Field(
+        False, description="weights of the denoiser's blocks wait in main memory; needs gradient_checkpointing: block"
     )
     vae_slicing: bool = Field(False, description="the VAE decodes one image at a time")
     vae_tiling: bool = Field(False, description="the VAE decodes large images in tiles, which changes pixels a little")
@@ -148,6 +160,17 @@ class Recipe(TrainingConfig):
     checkpoints_total_limit: PositiveInt | None = Field(default=2, description="older ones are removed; null: keep all")
     resume_from_checkpoint: str | None = Field(default=None, description="latest, or the folder of a checkpoint")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=[])
+
+    @field_validator("pipeline")
+    @classmethod
+    def _offloaded_blocks_are_checkpointed(cls, pipeline: PipelineConfig, info: ValidationInfo) -> PipelineConfig:
+        checkpointing = info.data.get("gradient_checkpointing", "block")
+        if pipeline.offload_blocks and checkpointing != "block":
+            raise ValueError(
+                f"offload_blocks with gradient_checkpointing = {checkpointing} would keep all weights on the device "
+                "for the backward pass; set gradient_checkpointing=block"
+            )
+        return pipeline
 
     @model_validator(mode="before")
     @classmethod

@@ -119,6 +119,7 @@ WRONG = [
     ("pipeline.path=zoo:nope", "zoo:nope", "known:"),
     ("pipeline.path=./nowhere", "nowhere", "a folder with a model_index.json, or a hub id"),
     ("pipeline.path=.", "pipeline.path", "model_index.json is missing"),
+    ("pipeline.offload_blocks=true", "gradient_checkpointing = step", "set gradient_checkpointing=block"),
     ("pipeline.tiny_decoder=./nowhere", "nowhere", "a hub id such as madebyollin/taesd"),
     ("adapter.path=model", "adapter.path", "pytorch_lora_weights.safetensors is missing; give a folder"),
     ("resume_from_checkpoint=runs/x/step-000010", "step-000010", "or latest"),

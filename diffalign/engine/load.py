@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 def load_policy(config: PipelineConfig) -> Policy:
     """Loads the pipeline on this process's device and sets what the recipe asks of it."""
     policy = Policy.from_pretrained(config.path, dtype=config.dtype, revision=config.revision)
-    policy.place(process_state().device, offload_text_encoders=config.offload_text_encoders)
+    policy.place(
+        process_state().device,
+        offload_text_encoders=config.offload_text_encoders,
+        offload_blocks=config.offload_blocks,
+    )
     policy.set_attention(config.attention)
     if config.vae_slicing:
         policy.pipe.vae.enable_slicing()

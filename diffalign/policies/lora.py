@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from diffalign.noise import normal
@@ -41,6 +42,11 @@ class LoraAdapter:
     @property
     def denoiser(self) -> Any:
         """The module that carries the adapter."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter is."""
         raise NotImplementedError
 
     @property
@@ -112,8 +118,12 @@ class LoraAdapter:
         if self.adapter_name is None:
             return
         self.denoiser.set_adapter(self.adapter_name)
-        for parameter in self.trainable().values():
-            parameter.data = parameter.data.to(self.state_dtype)
+        for name, parameter in self.trainable().items():
+            if parameter.is_meta:  # peft put a new one beside offloaded weights
+                zeros = torch.zeros(parameter.shape)
+                set_module_tensor_to_device(self.denoiser, name, self.device, zeros, self.state_dtype)
+            else:
+                parameter.data = parameter.data.to(self.device, self.state_dtype)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -17,7 +17,6 @@ import diffusers  # noqa: E402
 import transformers  # noqa: E402
 
 from diffalign.policies.tiny import BETAS, clip_config, clip_tokenizer, finish, t5_encoder, t5_tokenizer  # noqa: E402
-from tests.benchmarks.offload import Offload  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -241,15 +240,20 @@ def build(model, device):
         torch.set_default_dtype(torch.float32)
     if torch.device(device).type != "meta":
         fill(parts["vae"], device)
-        if model.offload:
-            Offload(parts[component], lambda module: fill(module, device))
-        else:
-            fill(parts[component], device)
+        fill_parts(parts[component], device, "cpu" if model.offload else device)
     scheduler, settings = model.scheduler
     parts["scheduler"] = getattr(diffusers, scheduler)(**settings)
     pipe = getattr(diffusers, model.pipeline)(**parts, **_encoders(model, device), **model.settings)
     pipe.default_sample_size = model.vae["sample_size"] // 8  # FLUX's transformer has none of its own
     return finish(pipe, torch.bfloat16)
+
+
+def fill_parts(denoiser, device, home):
+    """Fill one block after another, so that the device need never hold all; `home` is where they then wait."""
+    for child in denoiser.children():
+        for part in child if isinstance(child, torch.nn.ModuleList) else [child]:
+            fill(part, device)
+            part.to(home)
 
 
 def fill(module, device):

@@ -5,9 +5,9 @@
 
 A training step of `RewardBackprop` on Stable Diffusion 1.5 at 512 pixels, and on SDXL, SD3.5 medium and FLUX.1-dev at
 1024: base in bfloat16, LoRA of rank 16 in fp32, guidance of each pipeline's documentation, last k steps with gradient.
-The blocks of FLUX.1 wait in main memory (`offload.py`). Each row is a process of its own. `--tiny` takes the same way
-with small models, on a CPU too. For Stable Diffusion 1.5 a row of trl 0.23.1 follows, on the same weights and settings;
-it computes whole UNet calls again and keeps the decoder's activations.
+The blocks of FLUX.1 wait in main memory (`offload_blocks`). Each row is a process of its own. `--tiny` goes the same
+way with small models, on a CPU too. For Stable Diffusion 1.5 a row of trl 0.23.1 follows, on the same weights and
+settings; it computes whole UNet calls again and keeps the decoder's activations.
 
 The reward is the variance of all pixels of an image: every pixel has a gradient, and it costs nothing beside the rest.
 
@@ -124,9 +124,8 @@ def measured(step, batch, device):
 
 
 def ours(model, cell, device):
-    if model.offload and cell["checkpointing"] == "none":
-        raise ValueError("the backward pass would need the weights that were offloaded: use checkpointing block")
     policy = Policy.wrap(build(model, device))
+    policy.place(device, offload_blocks=model.offload)
     policy.set_attention(cell["attention"])
     policy.add_lora(rank=RANK, alpha=RANK)
     trainer = RewardBackprop(

@@ -10,7 +10,7 @@ from diffalign.finetune import RewardBackprop
 from diffalign.noise import normal
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
-from diffalign.policies.tiny_families import tiny_flux
+from diffalign.policies.tiny_families import tiny_flux, tiny_pixart_alpha, tiny_qwen, tiny_sana
 
 PROMPTS = ["a bad dog", "a lake"]
 
@@ -99,6 +99,36 @@ def test_offloaded_text_encoders_come_for_new_prompts_only() -> None:
     assert len(moves) == 6
     policy.unconditional(2)
     assert len(moves) > 6
+
+
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sd3, tiny_flux, tiny_sana, tiny_qwen, tiny_pixart_alpha])
+def test_offloaded_blocks_predict_and_train_the_same(build) -> None:
+    def run(offload: bool) -> tuple[Policy, torch.Tensor, dict[str, torch.Tensor]]:
+        policy = Policy.wrap(build())
+        policy.place("cpu", offload_blocks=offload)
+        policy.add_lora(rank=2, alpha=2)
+        policy.set_gradient_checkpointing(True)
+        shape = policy.latent_shape(16, 16)
+        x = normal(shape, seed=0, purpose="initial", rows=[(i, 0) for i in range(2)])
+        condition = policy.encode(PROMPTS)
+        output = policy.predict(x, policy.schedule(4, 16, 16).level(1).expand(2), condition, 1.0).output
+        output.square().sum().backward()
+        return policy, output.detach(), {n: p.grad for n, p in policy.trainable().items() if p.grad is not None}
+
+    _, expected, gradient = run(False)
+    policy, output, its_gradient = run(True)
+    assert torch.equal(output, expected)
+    assert its_gradient.keys() == gradient.keys()
+    for name, grad in gradient.items():
+        assert torch.equal(its_gradient[name], grad), name
+    adapter = set(policy.trainable().values())
+    frozen = [p for block in policy.blocks for p in block.parameters() if p not in adapter]
+    assert not any(p.is_meta for p in adapter)
+    assert sum(p.numel() for p in frozen if p.is_meta) > 0.7 * sum(p.numel() for p in frozen)
+    with pytest.raises(ValueError, match="offload_blocks needs gradient_checkpointing=block"):
+        policy.set_gradient_checkpointing(False)
+    with pytest.raises(ValueError, match="leave out offload_blocks"):
+        policy.shard_blocks()
 
 
 # torch's tracer looks at .grad of every input.
