@@ -4,11 +4,10 @@ from diffalign.rewards.base import (
     FunctionReward,
     Reward,
     Score,
-    WeightedSum,
     as_reward,
     check_gradient,
-    weighted_sum,
 )
+from diffalign.rewards.combination import Combination, WeightedSum, weighted_sum
 from diffalign.rewards.recipe import (
     REWARD_TYPES,
     REWARDS,
@@ -22,6 +21,7 @@ from diffalign.rewards.recipe import (
 __all__ = [
     "REWARDS",
     "REWARD_TYPES",
+    "Combination",
     "FunctionReward",
     "Reward",
     "RewardRecipe",

@@ -7,10 +7,13 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffalign.rewards.combination import WeightedSum
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +43,29 @@ class Score:
 
 
 class Reward:
-    """A scorer of images. Subclasses set ``name`` and ``differentiable`` and write ``values``.
+    """A scorer of images or videos. Subclasses set the attributes that differ and write ``values``.
 
     Rewards add, subtract and scale: ``0.5 * load("a") - load("b")`` is a `WeightedSum` whose score holds each part.
+
+    Attributes:
+        name: its column in metrics.
+        differentiable: whether gradients flow from scores to pixels; `check_gradient` proves it.
+        media: what it scores: images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1].
+        needs: "prompt" where the score depends on it, and the keys of the metadata that it reads.
+        token_limit: tokens of a prompt that it reads; what is past them is cut off with a warning. None: all, or no text.
+        groupwise: whether a score depends on the other samples of the same prompt, as that of a pairwise judge.
     """
 
     name: str
     differentiable: bool = False
+    media: Literal["image", "video"] = "image"
+    needs: tuple[str, ...] = ("prompt",)
+    token_limit: int | None = None
+    groupwise: bool = False
     _told: bool = False  # whether a failure was reported already
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Raw scores (B,) of images (B, 3, H, W) in [0, 1]. Exceptions, NaN and infinities become failed scores."""
+        """Raw scores (B,) of media in [0, 1]. Exceptions, NaN and infinities become failed scores."""
         raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Self:
@@ -58,7 +73,7 @@ class Reward:
         return self
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
-        """Scores images (B, 3, H, W), float in [0, 1], for their prompts.
+        """Scores images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1], for their prompts.
 
         A batch that raises is scored again one by one, and a score that is NaN or infinite is left out, so that one
         bad sample costs its own score and no other. Gradients reach the images of valid samples.
@@ -67,7 +82,7 @@ class Reward:
             TypeError, ValueError: the input breaks the pixel contract, or the counts differ; never a failed score.
         """
         prompts, metadata = list(prompts), list(metadata) if metadata is not None else [{} for _ in prompts]
-        _check_input(images, prompts, metadata)
+        _check_input(images, prompts, metadata, self.media)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             value, reasons = self._score_rows(images, prompts, metadata)
         valid = torch.ones(len(prompts), dtype=torch.bool, device=value.device)
@@ -128,75 +143,23 @@ class Reward:
             )
 
     def __mul__(self, weight: float) -> WeightedSum:
-        return WeightedSum([(self, weight)]) if isinstance(weight, int | float) else NotImplemented
+        return _sum((self, weight)) if isinstance(weight, int | float) else NotImplemented
 
     __rmul__ = __mul__
 
     def __add__(self, other: Reward) -> WeightedSum:
-        return WeightedSum([(self, 1.0), (other, 1.0)]) if isinstance(other, Reward) else NotImplemented
+        return _sum((self, 1.0), (other, 1.0)) if isinstance(other, Reward) else NotImplemented
 
     def __sub__(self, other: Reward) -> WeightedSum:
-        return WeightedSum([(self, 1.0), (other, -1.0)]) if isinstance(other, Reward) else NotImplemented
+        return _sum((self, 1.0), (other, -1.0)) if isinstance(other, Reward) else NotImplemented
 
     def __neg__(self) -> WeightedSum:
-        return WeightedSum([(self, -1.0)])
+        return _sum((self, -1.0))
 
 
-class WeightedSum(Reward):
-    """sum_k w_k r_k. A sample is valid where every part is. Sums inside are flattened, equal parts collected.
+def _sum(*terms: tuple[Reward, float]) -> WeightedSum:
+    from diffalign.rewards.combination import WeightedSum
 
-    The parts' scales are their own: weights mean something only beside them.
-    """
-
-    def __init__(self, terms: Sequence[tuple[Reward, float]], name: str | None = None) -> None:
-        collected: dict[str, tuple[Reward, float]] = {}
-        for reward, weight in _flatten(terms):
-            known, sum_of_weights = collected.get(reward.name, (reward, 0.0))
-            if known is not reward:
-                raise ValueError(f"two rewards of the sum are named {reward.name!r}: give one of them another name.")
-            collected[reward.name] = (reward, sum_of_weights + weight)
-        if not collected:
-            raise ValueError("a sum of rewards needs at least one reward.")
-        self.terms = list(collected.values())
-        self.name = name or " + ".join(
-            reward.name if weight == 1 else f"{weight:g}*{reward.name}" for reward, weight in self.terms
-        )
-        self.differentiable = all(reward.differentiable for reward, _ in self.terms)
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves every part."""
-        for reward, _ in self.terms:
-            reward.to(device)
-        return self
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
-        """Scores each part once and adds."""
-        scores = [(weight, reward(images, prompts, metadata)) for reward, weight in self.terms]
-        parts: dict[str, Tensor] = {}
-        reasons: dict[int, str] = {}
-        for (reward, _), (_, score) in zip(self.terms, scores, strict=True):
-            parts |= score.parts
-            for index, reason in score.reasons.items():
-                reasons.setdefault(index, f"{reward.name}: {reason}")
-        value = sum(weight * score.value for weight, score in scores)
-        valid = torch.stack([score.valid for _, score in scores]).all(dim=0)
-        return Score(value.masked_fill(~valid, math.nan), valid, parts, reasons=reasons)
-
-
-def _flatten(terms: Sequence[tuple[Reward, float]]) -> list[tuple[Reward, float]]:
-    flat = []
-    for reward, weight in terms:
-        if not math.isfinite(weight):
-            raise ValueError(f"weight {weight} of reward {reward.name!r} is not finite.")
-        inner = reward.terms if isinstance(reward, WeightedSum) else [(reward, 1.0)]
-        flat += [(part, weight * factor) for part, factor in inner]
-    return flat
-
-
-def weighted_sum(terms: Sequence[tuple[Reward, float]]) -> Reward:
-    """sum_k w_k r_k of (reward, weight) pairs; one reward of weight 1 stays itself."""
-    if len(terms) == 1 and terms[0][1] == 1:
-        return terms[0][0]
     return WeightedSum(terms)
 
 
@@ -236,12 +199,13 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, diff
     return FunctionReward(reward, name, differentiable)
 
 
-def _check_input(images: Tensor, prompts: list[str], metadata: list[dict]) -> None:
+def _check_input(images: Tensor, prompts: list[str], metadata: list[dict], media: str) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images are {kind}: rewards take float tensors in [0, 1]; see media.from_uint8 and from_pil.")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images have shape {tuple(images.shape)}: rewards take (B, 3, H, W).")
+    ndim, wanted = {"image": (4, "(B, 3, H, W)"), "video": (5, "videos (B, F, 3, H, W)")}[media]
+    if images.ndim != ndim or images.shape[-3] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}: this reward takes {wanted}.")
     if not len(images) == len(prompts) == len(metadata):
         raise ValueError(
             f"{len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata: the counts must be equal."
