@@ -101,7 +101,7 @@ def image_diversity(evaluation: Evaluation, rewards: Mapping[str, Reward], *, ba
 
     None without a CLIP model among the rewards: pixels alone say little about what differs.
     """
-    encoders = [reward for reward in rewards.values() if isinstance(reward, CLIPReward)]
+    encoders = [reward.encoder for reward in rewards.values() if isinstance(reward, CLIPReward)]
     if not encoders:
         return None
     features = [

@@ -141,7 +141,7 @@ class Diversity:
 
 
 def diversity(features: ArrayLike, prompt_ids: Sequence[int | str]) -> Diversity:
-    """Diversity of images from their features, e.g. `CLIPReward.image_features`.
+    """Diversity of images from their features, e.g. `DualEncoder.image_features`.
 
     Args:
         features: (N, D); rows are normalised here.

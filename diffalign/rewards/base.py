@@ -52,7 +52,7 @@ class Reward:
         differentiable: whether gradients flow from scores to pixels; `check_gradient` proves it.
         media: what it scores: images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1].
         needs: "prompt" where the score depends on it, and the keys of the metadata that it reads.
-        token_limit: tokens of a prompt that it reads; what is past them is cut off with a warning. None: all, or no text.
+        token_limit: tokens of a prompt that it reads; more are cut off with a warning. None: all, or no text.
         groupwise: whether a score depends on the other samples of the same prompt, as that of a pairwise judge.
     """
 

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Metadata, Reward, Score
+from diffalign.rewards.base import Metadata, Reward, Score, as_reward
+from diffalign.rewards.encoders import shared_features
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What K members said of the N samples that every one of them scored. Failed samples are not among them.
+
+    Attributes:
+        values: (K, N), with gradients.
+        sigmas: each member's standard deviations (N,), without gradients, or None where it states none.
+        prompts, metadata: of the N samples.
+    """
+
+    values: Tensor
+    sigmas: list[Tensor | None]
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
 
 
 class Combination(Reward):
-    """A reward of other rewards. Subclasses write ``combine``.
+    """A reward of other rewards. Subclasses write ``combine``, and may write ``unfit`` and ``spread``.
+
+    A sample is valid where every member is. What a member could not score never reaches ``combine``: 0 * NaN is NaN in
+    a backward pass too, and would spoil the gradients of the other members.
 
     Args:
-        members: the rewards, each of another name.
+        members: the rewards, or functions that `as_reward` takes. Of two different ones that are no combinations
+            themselves, at any depth, the names differ.
         name: of the whole.
     """
 
-    def __init__(self, members: Sequence[Reward], name: str) -> None:
-        self.members = list(members)
+    def __init__(self, members: Sequence[Reward | Callable[..., Any]], name: str) -> None:
+        self.members = [as_reward(member) for member in members]
+        if not self.members:
+            raise ValueError(f"{type(self).__name__} has no members: it needs at least one reward.")
         self.name = name
         self.differentiable = all(member.differentiable for member in self.members)
         self.groupwise = any(member.groupwise for member in self.members)
         self.needs = tuple(dict.fromkeys(need for member in self.members for need in member.needs))
+        self.token_limit = min((m.token_limit for m in self.members if m.token_limit is not None), default=None)
         self.media = self.members[0].media
         for member in self.members:
             if member.media != self.media:
@@ -33,10 +58,28 @@ class Combination(Reward):
                     f"{member.name!r} scores a {member.media} and {self.members[0].name!r} a {self.media}: "
                     "one combination scores one kind"
                 )
+        known: dict[str, Reward] = {}
+        for part in self.walk():
+            if not isinstance(part, Combination) and known.setdefault(part.name, part) is not part:
+                raise ValueError(f"two rewards of {name!r} are named {part.name!r}: give one of them another name.")
 
-    def combine(self, scores: list[Score]) -> Tensor:
-        """The whole's values (B,) from each member's score; what a member could not score is NaN there."""
+    def combine(self, rows: Rows) -> Tensor:
+        """The whole's values (N,). NaN and infinities become failed scores."""
         raise NotImplementedError
+
+    def unfit(self, rows: Rows) -> dict[int, str]:
+        """Samples that cannot be combined, though every member scored them: index -> why."""
+        return {}
+
+    def spread(self, rows: Rows) -> Tensor | None:
+        """The whole's own standard deviation (N,), or None where it states none."""
+        return None
+
+    def walk(self) -> Iterator[Reward]:
+        """This combination and every reward inside it, at any depth."""
+        yield self
+        for member in self.members:
+            yield from member.walk() if isinstance(member, Combination) else (member,)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves every member."""
@@ -45,20 +88,60 @@ class Combination(Reward):
         return self
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
-        """Scores each member once and combines. A sample is valid where every member is, and the result finite."""
-        scores = [member(images, prompts, metadata) for member in self.members]
-        parts: dict[str, Tensor] = {}
-        reasons: dict[int, str] = {}
-        for member, score in zip(self.members, scores, strict=True):
-            parts |= score.parts
-            for index, reason in score.reasons.items():
-                reasons.setdefault(index, f"{member.name}: {reason}")
-        value = self.combine(scores)
+        """Scores each member once and combines. A sample is valid where every member is, and the result finite.
+
+        ``parts`` of the score holds every reward inside, combinations too, under its name.
+        """
+        prompts, metadata = list(prompts), list(metadata) if metadata is not None else [{} for _ in prompts]
+        with shared_features(), torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
+            once = {id(member): member for member in self.members}
+            scored = {key: member(images, prompts, metadata) for key, member in once.items()}
+            scores = [scored[id(member)] for member in self.members]
+            parts: dict[str, Tensor] = {}
+            reasons: dict[int, str] = {}
+            for member, score in zip(self.members, scores, strict=True):
+                parts |= score.parts
+                for index, reason in score.reasons.items():
+                    reasons.setdefault(index, f"{member.name}: {reason}")
+            for member, score in zip(self.members, scores, strict=True):
+                parts.setdefault(member.name, score.value.detach())
+            value, sigma, failed = self._combine_valid(scores, prompts, metadata)
+        self._tell(failed)
+        reasons |= {index: f"{self.name}: {reason}" for index, reason in failed.items()}
+        return Score(value, value.detach().isfinite(), parts, sigma, reasons)
+
+    def _combine_valid(
+        self, scores: list[Score], prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> tuple[Tensor, Tensor | None, dict[int, str]]:
+        """(values and sigmas (B,), NaN where there are none; why samples that every member scored failed)."""
         valid = torch.stack([score.valid for score in scores]).all(dim=0)
-        for index in (valid & ~value.detach().isfinite()).nonzero().flatten().tolist():
-            reasons[index] = f"{self.name}: the score is {value[index].item()}"
-        valid = valid & value.detach().isfinite()
-        return Score(value.masked_fill(~valid, math.nan), valid, parts, reasons=reasons)
+        index, failed = valid.nonzero().flatten().tolist(), {}
+        while index:
+            rows = _rows(scores, index, prompts, metadata)
+            found = self.unfit(rows)
+            if not found:
+                value = self.combine(rows)
+                found = {i: f"the score is {x}" for i, x in enumerate(value.tolist()) if not math.isfinite(x)}
+            if not found:
+                spread = self.spread(rows)
+                sigma = None if spread is None else _scatter(spread.detach(), index, len(valid))
+                return _scatter(value, index, len(valid)), sigma, failed
+            failed |= {index[i]: reason for i, reason in found.items()}
+            index = [b for i, b in enumerate(index) if i not in found]
+        return torch.full_like(scores[0].value, math.nan, requires_grad=False), None, failed
+
+
+def _rows(scores: list[Score], index: list[int], prompts: list[str], metadata: list[dict[str, Any]]) -> Rows:
+    return Rows(
+        torch.stack([score.value[index] for score in scores]),
+        [None if score.sigma is None else score.sigma[index].detach() for score in scores],
+        [prompts[b] for b in index],
+        [metadata[b] for b in index],
+    )
+
+
+def _scatter(value: Tensor, index: list[int], size: int) -> Tensor:
+    return value.new_full((size,), math.nan).index_copy(0, torch.tensor(index, device=value.device), value)
 
 
 class WeightedSum(Combination):
@@ -80,9 +163,21 @@ class WeightedSum(Combination):
         shown = (reward.name if weight == 1 else f"{weight:g}*{reward.name}" for reward, weight in self.terms)
         super().__init__([reward for reward, _ in self.terms], name or " + ".join(shown))
 
-    def combine(self, scores: list[Score]) -> Tensor:
+    def combine(self, rows: Rows) -> Tensor:
         """sum_k w_k r_k."""
-        return torch.stack([weight * score.value for (_, weight), score in zip(self.terms, scores, strict=True)]).sum(0)
+        # Term by term: a reduction's order, and so its last bits, may depend on the size of the batch.
+        return sum(weight * value for (_, weight), value in zip(self.terms, rows.values, strict=True))
+
+    def spread(self, rows: Rows) -> Tensor | None:
+        """sqrt(sum_k (w_k sigma_k)^2), as of independent errors; None where a member states no sigma."""
+        return propagated([weight for _, weight in self.terms], rows.sigmas)
+
+
+def propagated(weights: Sequence[float], sigmas: Sequence[Tensor | None]) -> Tensor | None:
+    """Standard deviation (N,) of sum_k w_k r_k with independent errors; None where one of them is unknown."""
+    if any(sigma is None for sigma in sigmas):
+        return None
+    return sum((weight * sigma) ** 2 for weight, sigma in zip(weights, sigmas, strict=True)).sqrt()
 
 
 def _flatten(terms: Sequence[tuple[Reward, float]]) -> list[tuple[Reward, float]]:

@@ -3,26 +3,18 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from diffalign import media
 from diffalign.rewards import check_gradient
-from diffalign.rewards.clip import ClipPreprocessing, CLIPReward, PickScoreReward
-
-PROMPTS = ["a red circle", "two blue squares", "a big square"]
-
-
-def pictures(count=3, height=50, width=40, seed=0):
-    generator = np.random.default_rng(seed)
-    rows, columns = np.mgrid[0:height, 0:width]
-    for _ in range(count):
-        disc = ((rows - generator.integers(height)) ** 2 + (columns - generator.integers(width)) ** 2) < 150
-        colour, ground = generator.integers(0, 256, (2, 3))
-        yield Image.fromarray(np.where(disc[..., None], colour, ground).astype(np.uint8))
+from diffalign.rewards.clip import CLIPReward, PickScoreReward
+from diffalign.rewards.encoders import load_encoder
+from diffalign.rewards.preprocessing import ClipPreprocessing
+from tests.rewards.pictures import PROMPTS, pictures
 
 
 def transformers_scores(folder, images, prompts):
@@ -99,25 +91,25 @@ def test_a_float_image_scores_as_its_saved_file(tiny_clip, tmp_path):
 
 def test_gradient_is_that_of_the_smooth_path(tiny_clip, monkeypatch):
     """Along random directions the gradient equals finite differences of the same network without the roundings."""
-    reward = CLIPReward(tiny_clip)
-    reward.model.double()
-    monkeypatch.setattr("diffalign.rewards.clip.resize", lambda x, size, f: media.resize(x, size, f, rounding=False))
+    encoder = load_encoder(tiny_clip)
+    encoder.model.double()
+    encoder.preprocessing = replace(encoder.preprocessing, rounding=False)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     images = media.from_pil(list(pictures())).double() * 0.8 + 0.1
     leaf = images.clone().requires_grad_()
-    reward.cosine(leaf, PROMPTS).sum().backward()
+    encoder.cosine(leaf, PROMPTS).sum().backward()
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
-        ahead, behind = (reward.cosine(images + h * direction, PROMPTS).sum() for h in (1e-5, -1e-5))
+        ahead, behind = (encoder.cosine(images + h * direction, PROMPTS).sum() for h in (1e-5, -1e-5))
         torch.testing.assert_close((leaf.grad * direction).sum(), (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-9)
 
 
 def test_gradient_reaches_the_images_and_not_the_weights(tiny_clip):
     reward = CLIPReward(tiny_clip)
     assert (check_gradient(reward, media.from_pil(list(pictures())), PROMPTS) > 0).all()
-    assert not any(p.requires_grad for p in reward.model.parameters())
-    assert not any(module.training for module in reward.model.modules())
+    assert not any(p.requires_grad for p in reward.encoder.model.parameters())
+    assert not any(module.training for module in reward.encoder.model.modules())
 
 
 def test_scores_do_not_depend_on_the_batch(tiny_clip):
@@ -131,8 +123,9 @@ def test_scores_do_not_depend_on_the_batch(tiny_clip):
 def test_each_prompt_is_encoded_once(tiny_clip):
     reward = CLIPReward(tiny_clip)
     calls = []
-    encode = reward.model.get_text_features
-    reward.model.get_text_features = lambda **tokens: calls.append(1) or encode(**tokens)
+    model = reward.encoder.model
+    encode = model.get_text_features
+    model.get_text_features = lambda **tokens: calls.append(1) or encode(**tokens)
     images = media.from_pil(list(pictures(4)))
     with torch.inference_mode():
         reward(images, ["a red circle", "a red circle", "the square", "a red circle"])
@@ -146,11 +139,11 @@ def test_long_prompts_are_cut_said_and_counted(tiny_clip, caplog):
     images = media.from_pil(list(pictures(2)))
     with caplog.at_level(logging.WARNING, logger="diffalign"):
         reward(images, ["a red circle left of a blue square", "a red circle above a big blue square"])
-    assert reward.truncated_prompts == 2
+    assert reward.encoder.truncated_prompts == 2
     assert len(caplog.messages) == 1
     assert "at most 16 tokens" in caplog.messages[0]
-    ids = reward._tokenise("a red circle left of a blue square")["input_ids"][0]
-    assert ids[-1] == reward.tokenizer.eos_token_id  # CLIP reads the whole prompt from its end token
+    ids = reward.encoder.tokenise("a red circle left of a blue square")["input_ids"][0]
+    assert ids[-1] == reward.encoder.tokenizer.eos_token_id  # CLIP reads the whole prompt from its end token
 
 
 def test_a_tokenizer_without_vocabulary_is_refused(tiny_clip, tmp_path):
@@ -209,4 +202,4 @@ def test_reads_a_nested_processor_config(tiny_clip, tmp_path):
     (folder / "processor_config.json").write_text(
         json.dumps({"image_processor": config, "processor_class": "CLIPProcessor"})
     )
-    assert CLIPReward(folder).preprocessing == CLIPReward(tiny_clip).preprocessing
+    assert load_encoder(folder).preprocessing == load_encoder(tiny_clip).preprocessing

@@ -37,7 +37,7 @@ def test_a_recipe_file_names_its_folder_relative_to_itself(tiny_clip, tmp_path):
     cosine = reward(image, ["a red circle"])
     assert list(cosine.parts) == ["mine"]
     preference = rewards.load(write(tmp_path, type="pickscore"))
-    scale = preference.model.logit_scale.exp()
+    scale = preference.encoder.logit_scale
     torch.testing.assert_close(preference(image, ["a red circle"]).value, cosine.value * scale)
 
 

@@ -1,0 +1,135 @@
+"""An encoder of images and of text into one space: prompts are kept, and features shared by rewards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.rewards.preprocessing import ClipPreprocessing
+
+logger = logging.getLogger(__name__)
+
+_CACHED_PROMPTS = 16_384
+_shared: ContextVar[dict[tuple, tuple[Tensor, Tensor]] | None] = ContextVar("shared_features", default=None)
+
+
+@contextmanager
+def shared_features() -> Iterator[None]:
+    """Within the context each encoder computes the features of one batch of images once, for all rewards on it."""
+    if _shared.get() is not None:
+        yield
+        return
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+class DualEncoder:
+    """Unit embeddings of images and of prompts.
+
+    Prompts are encoded once and kept, each on its own: its last bits must not depend on the batch that it first came
+    in, nor on a resume. What is past the token limit is cut off, keeping the end token, and counted.
+
+    Attributes:
+        label: what warnings call it.
+        preprocessing: from pixels in [0, 1] to what the network reads.
+        token_limit: tokens of a prompt that it reads.
+        truncated_prompts: how many were longer.
+    """
+
+    label: str
+    preprocessing: ClipPreprocessing
+    token_limit: int
+    model: Any
+
+    def __init__(self) -> None:
+        self.truncated_prompts = 0
+        self._text: dict[str, Tensor] = {}
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the weights."""
+        self.model.to(device)
+        self._text.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def image_width(self) -> int:
+        """D, numbers of an embedding."""
+        raise NotImplementedError
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """What cosines are multiplied with to be logits, a float32 scalar."""
+        return self.model.logit_scale.float().exp()
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit embeddings (B, D) float32 of images (B, 3, H, W) in [0, 1]; with gradients.
+
+        Images are rounded to 8 bits before the resize, as for a saved file; gradients go straight through.
+        """
+        kept = _shared.get()
+        key = (id(self), id(images), torch.is_grad_enabled())
+        if kept is not None and key in kept:
+            return kept[key][1]
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = self.preprocessing(images.to(self.device))
+            features = self.encode_images(pixels.to(next(self.model.parameters()).dtype)).float()
+        features = features / features.norm(dim=-1, keepdim=True)
+        if kept is not None:
+            kept[key] = (images, features)  # the images too: while they live no other tensor has their id
+        return features
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """Unit embeddings (B, D) float32; each distinct prompt is encoded once and kept."""
+        return torch.stack([self._text_feature(prompt) for prompt in prompts])
+
+    def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Cosine (B,) float32 of each image and its prompt."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(dim=-1)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Embeddings (B, D) of preprocessed pixels."""
+        raise NotImplementedError
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """Embedding (D,) of one prompt."""
+        raise NotImplementedError
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of the whole prompt."""
+        raise NotImplementedError
+
+    def _text_feature(self, prompt: str) -> Tensor:
+        if prompt not in self._text:
+            if len(self._text) >= _CACHED_PROMPTS:
+                self._text.pop(next(iter(self._text)))  # the oldest
+            self._tell_length(prompt)
+            # inference_mode(False): what is kept may meet autograd later
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                features = self.encode_text(prompt).float()
+                self._text[prompt] = features / features.norm()
+        return self._text[prompt]
+
+    def _tell_length(self, prompt: str) -> None:
+        length = self.count_tokens(prompt)
+        if length <= self.token_limit:
+            return
+        self.truncated_prompts += 1
+        if self.truncated_prompts == 1:
+            logger.warning(
+                "%s reads at most %d tokens: prompt %r has %d and is cut off. This is said once; "
+                "`truncated_prompts` counts.",
+                *(self.label, self.token_limit, prompt[:80], length),
+            )

@@ -1,0 +1,52 @@
+"""Published checkpoints as tensors: safetensors, or torch's own files under its restricted reader."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def find_weights(path: str, revision: str | None = None) -> Path:
+    """A local file as it is, or ``OWNER/NAME/FILE`` fetched from the hub.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    named = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/([\w./+-]+\.(?:safetensors|pt|pth|bin))", path)
+    if named is None:
+        raise FileNotFoundError(f"{path} is neither a file nor OWNER/NAME/FILE of a repository on the hub")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(named[1], named[2], revision=revision))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU; of one that is wrapped in "state_dict" or "model", those inside.
+
+    Several reward models were published as torch files only. Those are read with ``weights_only=True``, torch's
+    restricted reader, which builds tensors and plain containers and refuses everything else.
+
+    Raises:
+        ValueError: the file holds something else than tensors.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises UnpicklingError, RuntimeError, EOFError, KeyError, ...
+        raise ValueError(
+            f"{path} is no checkpoint of plain tensors ({type(error).__name__}): it was not read"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
+            tree = tree[wrapper]
+    if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
+        raise ValueError(f"{path} holds more than named tensors: it is no checkpoint of weights")
+    return tree

@@ -1,0 +1,282 @@
+"""SigLIP against transformers, HPS and the aesthetic heads in their published layouts, shared features, open_clip."""
+
+import logging
+import string
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffalign import media
+from diffalign._compat import ensure_torchvision
+from diffalign.registry import data_root
+from diffalign.rewards import check_gradient
+from diffalign.rewards.aesthetic import AestheticReward, folded
+from diffalign.rewards.clip import CLIPReward, PickScoreReward
+from diffalign.rewards.encoders import load_encoder, shared_features
+from diffalign.rewards.hps import HPSReward, from_open_clip
+from diffalign.rewards.preprocessing import ClipPreprocessing
+from diffalign.rewards.weights import find_weights, read_weights
+from tests.rewards.pictures import PROMPTS, pictures
+
+
+@pytest.fixture(scope="module")
+def images():
+    return media.from_pil(list(pictures()))
+
+
+@pytest.fixture(scope="module")
+def tiny_siglip(tmp_path_factory):
+    """A random SiglipModel with Gemma's tokenizer, which here knows lower-case letters only, and 20 of them at most."""
+    ensure_torchvision()
+    from transformers import GemmaTokenizer, SiglipConfig, SiglipModel
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-siglip"
+    symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.ascii_lowercase]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=20).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tower | {"vocab_size": len(vocabulary), "max_position_embeddings": 20, "projection_size": 32}
+    torch.manual_seed(0)
+    config = SiglipConfig(text_config=text, vision_config=tower | {"image_size": 32, "patch_size": 8})
+    model = SiglipModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_siglip_scores_equal_transformers(tiny_siglip):
+    wide = list(pictures(3, 40, 50))  # newer Pillows squash tall ones height first, see media.resize
+    images = media.from_pil(wide)
+    from transformers import SiglipModel
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    encoder = load_encoder(tiny_siglip)
+    model = SiglipModel.from_pretrained(tiny_siglip).eval()
+    pixels = SiglipImageProcessorPil.from_pretrained(tiny_siglip)(wide, return_tensors="pt")["pixel_values"]
+    tokens = encoder.tokenizer(PROMPTS, padding="max_length", max_length=20, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        output = model(input_ids=tokens, pixel_values=pixels)
+    expected = (output.image_embeds * output.text_embeds).sum(-1)
+    found = CLIPReward(encoder)(images, [prompt.upper() for prompt in PROMPTS]).value
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+    assert expected.std() > 1e-3
+    assert encoder.token_limit == 20
+    assert encoder.image_width == 32
+    assert (check_gradient(CLIPReward(encoder), images, PROMPTS) > 0).all()
+
+
+def test_one_pass_of_an_encoder_serves_all_rewards_on_it(tiny_clip, tmp_path, images):
+    head = {"weight": torch.randn(1, 16, generator=torch.Generator().manual_seed(0)), "bias": torch.zeros(1)}
+    save_file(head, tmp_path / "head.safetensors")
+    clip, aesthetic = CLIPReward(tiny_clip, name="clip"), AestheticReward(tiny_clip, tmp_path / "head.safetensors")
+    assert clip.encoder is aesthetic.encoder
+    both = clip + aesthetic
+    calls = []
+    handle = clip.encoder.model.vision_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    leaf = images.clone().requires_grad_()
+    score = both(leaf, PROMPTS)
+    assert len(calls) == 1
+    (gradient,) = torch.autograd.grad(score.value.sum(), leaf)
+    apart = clip(leaf, PROMPTS).value.sum() + aesthetic(leaf, PROMPTS).value.sum()
+    assert len(calls) == 3
+    torch.testing.assert_close(gradient, torch.autograd.grad(apart, leaf)[0], rtol=1e-4, atol=3e-6)
+    with shared_features():
+        with torch.no_grad():
+            clip(leaf, PROMPTS)
+        assert clip(leaf, PROMPTS).value.requires_grad  # features without a graph are not taken for those with one
+    handle.remove()
+
+
+def test_prompts_are_needed_where_they_are_read(tiny_clip, tmp_path):
+    save_file({"weight": torch.ones(1, 16), "bias": torch.zeros(1)}, tmp_path / "head.safetensors")
+    aesthetic = AestheticReward(tiny_clip, tmp_path / "head.safetensors")
+    assert (aesthetic.needs, CLIPReward(tiny_clip).needs, (CLIPReward(tiny_clip) + aesthetic).needs) == (
+        (),
+        ("prompt",),
+        ("prompt",),
+    )
+
+
+def published_head(width, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    sizes = {"layers.0": (12, width), "layers.2": (8, 12), "layers.4": (4, 8), "layers.6": (3, 4), "layers.7": (1, 3)}
+    weights = {f"{name}.weight": torch.randn(size, generator=random) for name, size in sizes.items()}
+    return weights | {f"{name}.bias": torch.randn(size[0], generator=random) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_an_aesthetic_head_of_five_layers_is_one(tiny_clip, tmp_path, images, suffix):
+    weights = published_head(16)
+    file = tmp_path / f"sac{suffix}"
+    save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+    reward = AestheticReward(tiny_clip, file)
+    x = reward.encoder.image_features(images).double()
+    for layer in ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7"):
+        x = x @ weights[f"{layer}.weight"].double().T + weights[f"{layer}.bias"].double()
+    score = reward(images, [""] * 3)
+    torch.testing.assert_close(score.value.double(), x[:, 0], rtol=1e-5, atol=1e-5)
+    assert reward.name == "sac"
+    assert (check_gradient(reward, images, [""] * 3) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"weight": torch.ones(1, 16)}, "no stack of linear layers"),
+        ({"weight": torch.ones(2, 16), "bias": torch.ones(2)}, "gives 2 numbers"),
+        ({"weight": torch.ones(1, 8), "bias": torch.ones(1)}, "reads embeddings of 8 numbers, and .* makes 16"),
+        ({"a.0.weight": torch.ones(4, 16), "a.0.bias": torch.ones(4)} | published_head(5), "gets 4|reads"),
+    ],
+)
+def test_other_heads_are_refused(tiny_clip, tmp_path, weights, words):
+    save_file(weights, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match=words):
+        AestheticReward(tiny_clip, tmp_path / "head.safetensors")
+
+
+def test_layers_are_taken_in_the_order_of_their_numbers():
+    random = torch.Generator().manual_seed(1)
+    numbers = (2, 10, 9)  # as text 10 stands before 2 and 9
+    sizes = {2: (3, 4), 9: (2, 3), 10: (1, 2)}
+    weights = {f"layers.{n}.weight": torch.randn(sizes[n], generator=random) for n in numbers}
+    weights |= {f"layers.{n}.bias": torch.randn(sizes[n][0], generator=random) for n in numbers}
+    matrix, bias = folded(weights, "here")
+    x = torch.randn(4, generator=random)
+    y = x
+    for n in (2, 9, 10):
+        y = weights[f"layers.{n}.weight"] @ y + weights[f"layers.{n}.bias"]
+    torch.testing.assert_close(matrix @ x + bias, y[0], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_that_are_more_than_tensors_are_not_read(tmp_path):
+    import pathlib
+
+    torch.save({"weight": pathlib.PurePosixPath("/")}, tmp_path / "more.pt")
+    torch.save({"weight": 3}, tmp_path / "less.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    for name in ("more.pt", "less.pt", "noise.pt"):
+        with pytest.raises(ValueError, match=name):
+            read_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="neither a file nor OWNER/NAME/FILE"):
+        find_weights("nowhere.pt")
+
+
+@pytest.fixture
+def hps_checkpoint(tiny_clip, tmp_path):
+    """The tiny CLIP with other weights, in the layout in which HPSv2 was published."""
+    from transformers import CLIPModel
+
+    from diffalign.zoo.open_clip_export import state_dict
+
+    model = CLIPModel.from_pretrained(tiny_clip)
+    random = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+    torch.save({"state_dict": state_dict(model), "epoch": 1}, tmp_path / "HPS_v2.1_compressed.pt")
+    return model.eval(), tmp_path / "HPS_v2.1_compressed.pt"
+
+
+def test_a_published_hps_checkpoint_loads_whole(hps_checkpoint, tiny_clip):
+    model, file = hps_checkpoint
+    reward = HPSReward(file, tiny_clip)
+    found, expected = reward.encoder.model.state_dict(), model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert reward.name == "HPS_v2.1_compressed"
+    weights = read_weights(file)
+    assert from_open_clip(weights).keys() == {name for name, _ in model.named_parameters()}
+    torch.save({"state_dict": weights | {"visual.proj": torch.ones(2, 2)}}, file)
+    with pytest.raises(ValueError, match="1 of its weights differ in shape or lack, such as visual_projection"):
+        HPSReward(file, tiny_clip)
+
+
+def test_hps_letterboxes_float_pixels(hps_checkpoint, tiny_clip, images):
+    """The 50 x 40 pictures become 32 x 26 with three black columns on either side, filtered and not rounded."""
+    reward = HPSReward(hps_checkpoint[1], tiny_clip)
+    pixels = reward.encoder.preprocessing(images)
+    mean, std = (
+        np.array(x)[:, None, None] for x in (reward.encoder.preprocessing.mean, reward.encoder.preprocessing.std)
+    )
+    shown = pixels.double().numpy() * std + mean
+    expected = torch.nn.functional.interpolate(images, (32, 26), mode="bicubic", antialias=True, align_corners=False)
+    assert shown.shape == (3, 3, 32, 32)
+    np.testing.assert_allclose(shown[..., :3], 0, atol=1e-6)
+    np.testing.assert_allclose(shown[..., -3:], 0, atol=1e-6)
+    np.testing.assert_allclose(shown[..., 3:-3], expected, atol=2e-6)
+    assert (check_gradient(reward, images, PROMPTS) > 0).all()
+
+
+def test_an_odd_bar_lies_after_the_image():
+    box = ClipPreprocessing(8, None, "bicubic", (0.0,) * 3, (1.0,) * 3, letterbox=True)
+    shown = box(torch.ones(1, 3, 8, 5))[0, 0]
+    assert shown[0].tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    ensure_torchvision()
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'bert', and an encoder is one of clip, siglip"):
+        load_encoder(tmp_path)
+
+
+def test_one_encoder_while_it_is_in_use(tiny_clip):
+    first, second = CLIPReward(tiny_clip), PickScoreReward(tiny_clip)
+    assert first.encoder is second.encoder
+    assert load_encoder(tiny_clip, dtype=torch.bfloat16) is not first.encoder
+
+
+BESIDE_OPEN_CLIP = """
+import torch, json, sys
+from diffalign import media
+from diffalign.rewards.clip import CLIPReward
+from tests.rewards.pictures import pictures
+folder = {folder!r}
+images = media.from_pil([p.resize((40, 56)) for p in pictures()])
+prompts = ["a red circle", "two blue squares", "a big square"]
+ours = CLIPReward(folder)
+theirs = CLIPReward("local-dir:" + folder, library="open_clip")
+leaf = images.clone().requires_grad_()
+theirs(leaf, prompts).value.sum().backward()
+print(json.dumps(dict(
+    ours=ours(images, prompts).value.tolist(), theirs=theirs(images, prompts).value.tolist(),
+    limit=theirs.token_limit, gradient=float(leaf.grad.abs().sum()),
+    same=ours.encoder.preprocessing == theirs.encoder.preprocessing,
+)))
+"""
+
+
+def test_a_model_of_open_clip_scores_as_transformers_own(with_open_clip):
+    import json
+
+    found = json.loads(
+        with_open_clip(BESIDE_OPEN_CLIP.format(folder=str(data_root() / "zoo" / "shapes-clip"))).splitlines()[-1]
+    )
+    assert np.abs(np.subtract(found["ours"], found["theirs"])).max() < 1e-5
+    assert np.std(found["ours"]) > 0.01
+    assert found["same"]
+    assert found["gradient"] > 0
+    assert found["limit"] == load_encoder(data_root() / "zoo" / "shapes-clip").token_limit
+
+
+def test_open_clip_that_is_absent_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match=r"pip install 'diffalign\[clip\]'"):
+        CLIPReward("ViT-B-32/openai", library="open_clip")
+
+
+def test_a_long_prompt_is_told_with_the_encoders_name(tiny_siglip, images, caplog):
+    with caplog.at_level(logging.WARNING, logger="diffalign"):
+        CLIPReward(tiny_siglip)(images[:1], ["a red circle left of the square above a big square left of a square"])
+    assert "tiny-siglip reads at most 20 tokens" in caplog.text
