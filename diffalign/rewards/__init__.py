@@ -1,5 +1,6 @@
 """Scorers of images: `load` one by name, make one of any function, add and scale them."""
 
+import diffalign.rewards.recipe_types  # noqa: F401  registers the types
 from diffalign.rewards.base import (
     FunctionReward,
     Reward,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from diffalign.recipe_file import parse_yaml
 from diffalign.registry import Registry, UnknownName, data_root, resolve_data
@@ -20,38 +20,34 @@ _MAX_BYTES = 100_000
 
 
 class RewardRecipe(BaseModel):
-    """One scorer and what a user must know about it."""
+    """One scorer and what a user must know about it. A type of recipe adds its own keys and says how it is built."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1, description="its column in metrics: reward/<name>, heldout/<name>")
-    type: str = Field(description="how to score: clip (cosine) or pickscore (exp(logit_scale) x cosine)")
-    path: str = Field(min_length=1, description="zoo:NAME, a folder (relative to this file), or a hub id")
-    processor: str | None = Field(
-        None, description="where tokenizer and image processor are, if not beside the weights"
-    )
-    revision: str | None = Field(None, description="of the hub repository")
+    type: str = Field(description="how to score")
     scale: str = Field(description="units and typical range of the score")
     licence: str = Field(description="of the weights")
     source: str = Field(description="paper, model card or command that made it")
+    size: str = Field("", description="parameters, or bytes to download")
+    needs: tuple[str, ...] | None = Field(
+        None, description="prompt, and the keys of the prompt's metadata that it reads"
+    )
+    differentiable: bool | None = Field(
+        None, description="whether its scores have gradients with respect to the pixels"
+    )
+    token_limit: PositiveInt | None = Field(
+        None, description="of the prompt; what is past it is cut off with a warning"
+    )
     summary: str = Field("", description="one line for listings")
 
-
-def _clip(recipe: RewardRecipe, folder: Path) -> Reward:
-    from diffalign.rewards.clip import CLIPReward, PickScoreReward
-
-    kind = {"clip": CLIPReward, "pickscore": PickScoreReward}[recipe.type.casefold()]
-    return kind(
-        _located(recipe.path, folder),
-        name=recipe.name,
-        processor=recipe.processor and _located(recipe.processor, folder),
-        revision=recipe.revision,
-    )
+    def build(self, folder: Path) -> Reward:
+        """The reward; relative paths start from `folder`."""
+        raise NotImplementedError
 
 
-REWARD_TYPES: Registry[Callable[[RewardRecipe, Path], Reward]] = Registry("reward type")
-REWARD_TYPES.register("clip")(_clip)
-REWARD_TYPES.register("pickscore")(_clip)
+REWARD_TYPES: Registry[type[RewardRecipe]] = Registry("reward type")
+"""Types of recipe by name. A plug-in registers its own subclass of `RewardRecipe`."""
 
 
 def load(reward: str | Path | Mapping[str, Any] | RewardRecipe) -> Reward:
@@ -67,15 +63,15 @@ def load(reward: str | Path | Mapping[str, Any] | RewardRecipe) -> Reward:
     """
     if isinstance(reward, RewardRecipe | Mapping):
         recipe = reward if isinstance(reward, RewardRecipe) else _validated(dict(reward), "reward recipe")
-        return REWARD_TYPES.get(recipe.type)(recipe, Path.cwd())
+        return built(recipe, Path.cwd())
     if str(reward).endswith((".yaml", ".yml")):
         path = Path(reward).expanduser()
-        return _built(read_recipe(path), path.parent)
+        return built(read_recipe(path), path.parent)
     name = str(reward).removeprefix("zoo:")
     shipped = shipped_recipes()
     if name.casefold() in shipped:
         path = shipped[name.casefold()]
-        return _built(read_recipe(path), path.parent)
+        return built(read_recipe(path), path.parent)
     try:
         builder = REWARDS.get(name)
     except UnknownName:
@@ -107,26 +103,38 @@ def read_recipe(path: Path) -> RewardRecipe:
 
 def _validated(tree: dict[str, Any], place: str) -> RewardRecipe:
     try:
-        recipe = RewardRecipe.model_validate(tree)
+        kind = REWARD_TYPES.get(str(tree.get("type", "")))
+        return kind.model_validate(tree)
+    except UnknownName as error:
+        raise ValueError(f"{place}: type: {error}") from None
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (it is {e['input']!r})" for e in error.errors())
         raise ValueError(f"{place}: {told}") from None
-    try:
-        REWARD_TYPES.get(recipe.type)
-    except UnknownName as error:
-        raise ValueError(f"{place}: type: {error}") from None
-    return recipe
 
 
-def _built(recipe: RewardRecipe, folder: Path) -> Reward:
-    return REWARD_TYPES.get(recipe.type)(recipe, folder)
+def built(recipe: RewardRecipe, folder: Path) -> Reward:
+    """The reward of a recipe.
+
+    Raises:
+        ValueError: it is not what the recipe says of it.
+    """
+    reward = recipe.build(folder)
+    for fact in ("needs", "differentiable", "token_limit"):
+        said, found = getattr(recipe, fact), getattr(reward, fact)
+        if said is not None and said != found:
+            raise ValueError(f"the recipe of {recipe.name} says {fact}: {said}, and the reward has {found}: correct it")
+    return reward
 
 
-def _located(path: str, folder: Path) -> str | Path:
-    """A shipped or local folder as a path, a hub id as it is."""
+def located(path: str, folder: Path) -> str | Path:
+    """A shipped or local folder or file as a path, a hub id as it is.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     local = resolve_data(path, relative_to=folder)
-    if local.is_dir():
+    if local.exists():
         return local
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)*", path):
         return path
-    raise ValueError(f"path: {path} is neither a folder (looked at {local}) nor a hub id owner/name.")
+    raise ValueError(f"path: {path} is neither a folder or file (looked at {local}) nor a hub id owner/name.")

@@ -26,6 +26,9 @@ def test_shipped_recipes_are_complete():
         assert recipe.name == name
         assert recipe.summary
         assert recipe.licence
+        assert recipe.size
+        assert recipe.needs is not None
+        assert recipe.differentiable is not None
 
 
 def test_a_recipe_file_names_its_folder_relative_to_itself(tiny_clip, tmp_path):
@@ -46,6 +49,15 @@ def test_a_recipe_may_be_a_mapping(tiny_clip):
     assert type(reward).__name__ == "CLIPReward"
     with pytest.raises(ValueError, match=r"licence: Field required"):
         rewards.load({key: value for key, value in RECIPE.items() if key != "licence"})
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("token_limit", 77), ("differentiable", "false"), ("needs", "[prompt, source]")]
+)
+def test_what_a_recipe_says_is_compared_with_the_reward(tiny_clip, tmp_path, fact, value):
+    path = write(tmp_path, path=tiny_clip, **{fact: value})
+    with pytest.raises(ValueError, match=f"the recipe of mine says {fact}: .* and the reward has .*: correct it"):
+        rewards.load(path)
 
 
 @pytest.mark.parametrize(
