@@ -62,7 +62,7 @@ class RewardBackprop(Trainer):
 
     Its settings are the fields of `TrainingConfig` and of `RewardBackpropConfig`.
 
-    Raises ValueError at once if the reward is not differentiable.
+    Raises ValueError at once if the reward is not differentiable, or does not score each image for itself.
     """
 
     config_class = RewardBackpropConfig
@@ -74,6 +74,11 @@ class RewardBackprop(Trainer):
             raise ValueError(
                 f"reward {self.reward.name!r} is not differentiable and reward backpropagation needs its gradient; "
                 "use a differentiable reward, or a method that needs scores only"
+            )
+        if self.reward.groupwise:
+            raise ValueError(
+                f"reward {self.reward.name!r} compares the images of a prompt, which micro-batches take apart here; use "
+                "one that scores each image, or a method of groups"
             )
         self.schedule = policy.schedule(self.config.num_inference_steps)
         self.law = default_law(self.schedule.kind, self.config.eta)

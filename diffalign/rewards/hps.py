@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign._compat import ensure_torchvision
+from diffalign.media import quantise
 from diffalign.rewards.clip import CLIPReward
 from diffalign.rewards.encoders import TransformersEncoder
 from diffalign.rewards.weights import find_weights, read_weights
@@ -48,6 +49,10 @@ class HPSReward(CLIPReward):
             encoder.preprocessing, resize_to=edge, crop=None, filter="bicubic", letterbox=True, rounding=False
         )
         super().__init__(encoder, name=name)
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Cosines (B,) of the pixels that would be saved."""
+        return super().values(quantise(images), prompts, metadata)
 
 
 def tuned(base: str, file: Path) -> Any:

@@ -217,6 +217,13 @@ def test_a_reward_without_gradient_is_refused_in_words():
         trainer(reward=black_box)
 
 
+def test_a_reward_of_groups_is_refused_in_words():
+    compared = as_reward(lambda images, prompts, metadata: images.mean((1, 2, 3)) - images.mean())
+    compared.groupwise = True
+    with pytest.raises(ValueError, match="compares the images of a prompt"):
+        trainer(reward=compared)
+
+
 def test_resumed_training_equals_uninterrupted_training():
     settings = {"learning_rate": 3e-3, "gradient": {"kind": "random_k", "high": 3}, "eta": 1.0}
     whole = trainer(**settings)
