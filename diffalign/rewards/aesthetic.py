@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.clip import EncoderReward
-from diffalign.rewards.encoders import load_encoder
+from diffalign.rewards.encoders import DualEncoder
 from diffalign.rewards.weights import find_weights, read_weights
 
 
@@ -23,7 +23,7 @@ class AestheticReward(EncoderReward):
     Five linear layers without activations (dropout does nothing in evaluation) are one, multiplied out in float64.
 
     Args:
-        path: the CLIP, openai/clip-vit-large-patch14 for both published heads.
+        path: the CLIP, openai/clip-vit-large-patch14 for both published heads, or an encoder.
         head: file of the head in either published layout (``weight`` and ``bias``, or ``layers.N.weight`` and
             ``layers.N.bias``), safetensors or torch.
         name: default: the head's file name.
@@ -35,13 +35,17 @@ class AestheticReward(EncoderReward):
 
     needs = ()
 
-    def __init__(self, path: str | Path, head: str | Path, *, name: str | None = None, **how: Any) -> None:
+    def __init__(
+        self, path: str | Path | DualEncoder, head: str | Path, *, name: str | None = None, **how: Any
+    ) -> None:
         file = find_weights(str(head))
-        super().__init__(load_encoder(path, **how), name or file.stem)
+        super().__init__(path, name=name or file.stem, **how)
         self.weight, self.bias = folded(read_weights(file), str(file))
         width = self.encoder.image_width
         if len(self.weight) != width:
-            raise ValueError(f"{file} reads embeddings of {len(self.weight)} numbers, and {path} makes {width}")
+            raise ValueError(
+                f"{file} reads embeddings of {len(self.weight)} numbers, and {self.encoder.label} makes {width}"
+            )
         self.to(self.encoder.device)
 
     def to(self, device: torch.device | str) -> Self:

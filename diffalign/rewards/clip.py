@@ -17,12 +17,19 @@ from diffalign.rewards.encoders import DualEncoder, load_encoder
 
 
 class EncoderReward(Reward):
-    """A reward on the features of one encoder, which others may share."""
+    """A reward on the features of one encoder, which others may share.
+
+    Args:
+        path: a folder or hub id, or an encoder.
+        name: default: the last part of the path.
+        **how: as for `load_encoder`.
+    """
 
     differentiable = True
 
-    def __init__(self, encoder: DualEncoder, name: str) -> None:
-        self.encoder, self.name = encoder, name
+    def __init__(self, path: str | Path | DualEncoder, *, name: str | None = None, **how: Any) -> None:
+        self.encoder = path if isinstance(path, DualEncoder) else load_encoder(path, **how)
+        self.name = name or Path(self.encoder.label).name
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the encoder, for all rewards on it."""
@@ -33,16 +40,12 @@ class EncoderReward(Reward):
 class CLIPReward(EncoderReward):
     """Cosine of the image's and the prompt's embeddings, in [-1, 1]; 0.15 to 0.35 for OpenAI's models.
 
-    Args:
-        path: a folder or hub id, or an encoder.
-        name: default: the last part of the path.
-        **how: as for `load_encoder`.
+    Its arguments are those of `EncoderReward`.
     """
 
     def __init__(self, path: str | Path | DualEncoder, *, name: str | None = None, **how: Any) -> None:
-        encoder = path if isinstance(path, DualEncoder) else load_encoder(path, **how)
-        super().__init__(encoder, name or Path(encoder.label).name)
-        self.token_limit = encoder.token_limit
+        super().__init__(path, name=name, **how)
+        self.token_limit = self.encoder.token_limit
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Cosines (B,)."""
