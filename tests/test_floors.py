@@ -16,7 +16,7 @@ FLOORS = (
     ("rollout",),
     ("finetune", "search"),
     ("recipe_problems", "recipe_references", "config"),
-    ("engine", "report"),
+    ("engine", "report", "scoring"),
     ("zoo",),
     ("cli", "__main__"),
 )
@@ -98,9 +98,10 @@ def test_no_pickle_and_no_eval(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "torch.load", "torch.save"), (
-                f"{path.name}:{node.lineno} calls {called}"
-            )
+            assert called not in ("eval", "exec", "torch.save"), f"{path.name}:{node.lineno} calls {called}"
+            if called == "torch.load":  # of published checkpoints that exist as torch files only
+                assert path == PACKAGE / "rewards" / "weights.py", f"{path.name}:{node.lineno} calls {called}"
+                assert "weights_only=True" in ast.unparse(node), f"{path.name}:{node.lineno} may unpickle anything"
 
 
 @pytest.mark.parametrize("path", modules(), ids=ids)

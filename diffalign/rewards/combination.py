@@ -76,7 +76,7 @@ class Combination(Reward):
         return None
 
     def walk(self) -> Iterator[Reward]:
-        """This combination and every reward inside it, at any depth."""
+        """The combination itself and every reward inside it, at any depth."""
         yield self
         for member in self.members:
             yield from member.walk() if isinstance(member, Combination) else (member,)
@@ -180,11 +180,19 @@ def propagated(weights: Sequence[float], sigmas: Sequence[Tensor | None]) -> Ten
     return sum((weight * sigma) ** 2 for weight, sigma in zip(weights, sigmas, strict=True)).sqrt()
 
 
-def _flatten(terms: Sequence[tuple[Reward, float]]) -> list[tuple[Reward, float]]:
-    flat = []
+def check_terms(terms: Sequence[tuple[Reward, float]], positive: bool = False) -> None:
+    """ValueError where a weight is not finite, or must be positive and is not."""
     for reward, weight in terms:
         if not math.isfinite(weight):
             raise ValueError(f"weight {weight} of reward {reward.name!r} is not finite.")
+        if positive and weight <= 0:
+            raise ValueError(f"weight {weight} of reward {reward.name!r} is not above 0, as it must be here.")
+
+
+def _flatten(terms: Sequence[tuple[Reward, float]]) -> list[tuple[Reward, float]]:
+    check_terms(terms)
+    flat = []
+    for reward, weight in terms:
         inner = reward.terms if isinstance(reward, WeightedSum) else [(reward, 1.0)]
         flat += [(part, weight * factor) for part, factor in inner]
     return flat

@@ -13,7 +13,7 @@ from diffalign._compat import ensure_torchvision
 from diffalign.media import quantise
 from diffalign.rewards.clip import CLIPReward
 from diffalign.rewards.encoders import TransformersEncoder
-from diffalign.rewards.weights import find_weights, read_weights
+from diffalign.rewards.weights import filled, find_weights, read_weights
 
 
 class HPSReward(CLIPReward):
@@ -62,20 +62,10 @@ def tuned(base: str, file: Path) -> Any:
         ValueError: the checkpoint is of another architecture.
     """
     ensure_torchvision()
-    from accelerate import init_empty_weights
     from transformers import CLIPConfig, CLIPModel
 
-    with init_empty_weights():
-        model = CLIPModel(CLIPConfig.from_pretrained(base))
-    weights = from_open_clip(read_weights(file))
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    wrong = [name for name, empty in model.named_parameters() if shapes.get(name) != empty.shape]
-    if wrong:
-        raise ValueError(
-            f"{file} is no {base}: {len(wrong)} of its weights differ in shape or lack, such as {wrong[0]}"
-        )
-    model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()}, assign=True)
-    return model
+    architecture = CLIPConfig.from_pretrained(base)
+    return filled(CLIPModel, from_open_clip(read_weights(file)), str(file), config=architecture)
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ class ClipPreprocessing:
         crop: (height, width) of the centre crop, or None.
         filter: name for `media.resize`.
         mean, std: of each colour channel.
+        round_crop: the crop's offset is rounded half to even, as by torchvision, and not down, as by transformers.
         letterbox: `resize_to` is the longest edge, and black bars make the image square.
         rounding: pixels are 8-bit before, between and after the passes of the resize, as in Pillow; else it is linear.
     """
@@ -34,6 +35,7 @@ class ClipPreprocessing:
     filter: Filter
     mean: tuple[float, ...] = OPENAI_MEAN
     std: tuple[float, ...] = OPENAI_STD
+    round_crop: bool = False
     letterbox: bool = False
     rounding: bool = True
 
@@ -71,7 +73,8 @@ class ClipPreprocessing:
             images = _square(images)
         if self.crop is not None:
             height, width = self.crop
-            top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+            spare = (images.shape[-2] - height, images.shape[-1] - width)
+            top, left = (round(each / 2) if self.round_crop else each // 2 for each in spare)
             images = images[..., top : top + height, left : left + width]
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,3 +51,30 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(tree, dict) or not all(isinstance(value, Tensor) for value in tree.values()):
         raise ValueError(f"{path} holds more than named tensors: it is no checkpoint of weights")
     return tree
+
+
+def filled(kind: type, weights: dict[str, Tensor], place: str, **how: Any) -> Any:
+    """A ``kind(**how)`` that has the weights for its own without a second copy, frozen and in evaluation.
+
+    Raises:
+        ValueError: a tensor lacks, is of another shape, or has no place in the network.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = kind(**how)
+    wanted = {name: empty.shape for name, empty in model.named_parameters()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{place} is no checkpoint of a {kind.__name__}: {len(wrong)} of its weights lack, are too many or differ "
+            f"in shape, such as {name}, {_shape(found.get(name))} for {_shape(wanted.get(name))}"
+        )
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else " x ".join(map(str, shape)) or "a scalar"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.preprocessing import ClipPreprocessing
-
-logger = logging.getLogger(__name__)
+from diffalign.rewards.prompts import PromptReader
 
 _CACHED_PROMPTS = 16_384
 _shared: ContextVar[dict[tuple, tuple[Tensor, Tensor]] | None] = ContextVar("shared_features", default=None)
@@ -32,7 +30,7 @@ def shared_features() -> Iterator[None]:
         _shared.reset(token)
 
 
-class DualEncoder:
+class DualEncoder(PromptReader):
     """Unit embeddings of images and of prompts.
 
     Prompts are encoded once and kept, each on its own: its last bits must not depend on the batch that it first came
@@ -41,17 +39,13 @@ class DualEncoder:
     Attributes:
         label: what warnings call it.
         preprocessing: from pixels in [0, 1] to what the network reads.
-        token_limit: tokens of a prompt that it reads.
-        truncated_prompts: how many were longer.
     """
 
     label: str
     preprocessing: ClipPreprocessing
-    token_limit: int
     model: Any
 
     def __init__(self) -> None:
-        self.truncated_prompts = 0
         self._text: dict[str, Tensor] = {}
 
     def to(self, device: torch.device | str) -> None:
@@ -115,21 +109,9 @@ class DualEncoder:
         if prompt not in self._text:
             if len(self._text) >= _CACHED_PROMPTS:
                 self._text.pop(next(iter(self._text)))  # the oldest
-            self._tell_length(prompt)
+            self.tell_length(self.label, prompt, self.count_tokens(prompt))
             # inference_mode(False): what is kept may meet autograd later
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 features = self.encode_text(prompt).float()
                 self._text[prompt] = features / features.norm()
         return self._text[prompt]
-
-    def _tell_length(self, prompt: str) -> None:
-        length = self.count_tokens(prompt)
-        if length <= self.token_limit:
-            return
-        self.truncated_prompts += 1
-        if self.truncated_prompts == 1:
-            logger.warning(
-                "%s reads at most %d tokens: prompt %r has %d and is cut off. This is said once; "
-                "`truncated_prompts` counts.",
-                *(self.label, self.token_limit, prompt[:80], length),
-            )

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffalign._compat import ensure_torchvision
 from diffalign.rewards.encoders.base import DualEncoder
 from diffalign.rewards.preprocessing import ClipPreprocessing
+from diffalign.rewards.prompts import check_tokenizer
 
 
 class TransformersEncoder(DualEncoder):
@@ -40,7 +41,7 @@ class TransformersEncoder(DualEncoder):
         self.preprocessing = ClipPreprocessing.from_config(config)
         self.token_limit = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         self.is_siglip = self.model.config.model_type == "siglip"
-        _check_tokenizer(self.tokenizer, self.model.config.text_config.vocab_size, source)
+        check_tokenizer(self.tokenizer, self.model.config.text_config.vocab_size, source)
 
     @property
     def image_width(self) -> int:
@@ -96,18 +97,6 @@ def load_model(path: str, revision: str | None, dtype: torch.dtype) -> Any:
             f"{path} lacks {len(absent)} weights of a {known[kind].__name__}, such as {absent[0]}: it is another model."
         )
     return model
-
-
-def _check_tokenizer(tokenizer: Any, words: int, source: str) -> None:
-    """Some releases of transformers load a tokenizer without its vocabulary, and every word gets the same id."""
-    first, second = (tokenizer(text)["input_ids"] for text in ("a red circle", "two blue squares"))
-    if set(first) == set(second):
-        raise ValueError(f"the tokenizer of {source} knows no word but {first}: its vocabulary did not load.")
-    if max(first + second) >= words:
-        raise ValueError(
-            f"the tokenizer of {source} gives the id {max(first + second)}, and the model knows {words} words: "
-            "they do not belong together."
-        )
 
 
 def _tensor(output: Any) -> Tensor:

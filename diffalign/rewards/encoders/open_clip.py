@@ -77,5 +77,6 @@ def _of_open_clip(config: dict[str, Any]) -> ClipPreprocessing:
         filter=config["interpolation"],
         mean=tuple(config.get("mean") or OPENAI_MEAN),
         std=tuple(config.get("std") or OPENAI_STD),
+        round_crop=True,
         letterbox=mode == "longest",
     )
