@@ -6,7 +6,6 @@ Scores are reported for the 8-bit pixels that a user would save, so ``quantise``
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +14,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from diffalign.media.files import ImageError, reading, shown
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 2**20
-
-
-class ImageError(ValueError):
-    """A file that is not an image which may be opened; the message names the file and the reason."""
+MAX_BYTES = 256 * 2**20  # more than MAX_PIXELS take without any compression
 
 
 def straight_through_clamp(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -85,29 +83,28 @@ def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
 def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A PNG, JPEG or WebP file as an upright 8-bit RGB image. Of an animation the first frame; transparency is dropped.
 
-    Only the header is read before the size is checked, so a small file that unpacks to a huge image costs nothing.
+    Only the header is read before the size is checked, so a small file that unpacks to a huge image costs nothing. Of
+    colours of 16 bits the upper 8 are kept, as Pillow does; grey of 16 bits is refused.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: another format, a broken file, more than ``max_pixels`` pixels, or more than 8 bits a channel.
+        ImageError: another format, a broken file, more than ``max_pixels`` pixels or `MAX_BYTES` bytes, or 16-bit grey.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, lower cap follows
-            with Image.open(path, formats=FORMATS) as image:
-                if math.prod(image.size) > max_pixels:
-                    size = f"{image.width} x {image.height}"
-                    raise ImageError(f"{path} has {size} pixels: at most {max_pixels} are opened.")
-                if image.mode.startswith(("I", "F")):
-                    raise ImageError(f"{path} has more than 8 bits a channel (mode {image.mode}): save it with 8 bits.")
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not a {', '.join(FORMATS)} image.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read as an image: {error}.") from error
+    with reading(path, ImageError, MAX_BYTES) as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{shown(path)} is not a {', '.join(FORMATS)} image, or its header is broken.") from error
+        with image:
+            if math.prod(image.size) > max_pixels:
+                size = f"{image.width} x {image.height}"
+                raise ImageError(f"{shown(path)} has {size} pixels: at most {max_pixels} are opened.")
+            if image.mode.startswith(("I", "F")):
+                raise ImageError(
+                    f"{shown(path)} has more than 8 bits a channel (mode {image.mode}): save it with 8 bits."
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def save_png(image: Tensor | Image.Image, path: str | Path) -> None:

@@ -1,6 +1,9 @@
 """Scorers of images: `load` one by name, make one of any function, add and scale them."""
 
-import diffalign.rewards.recipe_types  # noqa: F401  registers the types
+# These register the types of recipes.
+import diffalign.rewards.recipe_combinations
+import diffalign.rewards.recipe_types
+import diffalign.rewards.vlm.recipes  # noqa: F401
 from diffalign.rewards.base import (
     FunctionReward,
     Reward,
@@ -9,6 +12,18 @@ from diffalign.rewards.base import (
     check_gradient,
 )
 from diffalign.rewards.combination import Combination, WeightedSum, weighted_sum
+from diffalign.rewards.combine import Gate, Harmonic, Hinge
+from diffalign.rewards.constraints import Lagrangian
+from diffalign.rewards.ensembles import (
+    InverseVariance,
+    Mean,
+    SoftMin,
+    UncertaintyWeighted,
+    WorstCase,
+    mean,
+    minimum,
+)
+from diffalign.rewards.pareto import ParetoRank
 from diffalign.rewards.recipe import (
     REWARD_TYPES,
     REWARDS,
@@ -18,20 +33,40 @@ from diffalign.rewards.recipe import (
     reward_names,
     shipped_recipes,
 )
+from diffalign.rewards.references import PAR, LogSigmoid, reference_rewards
+from diffalign.rewards.statistics import StandardisedSum, Statistics, measure
 
 __all__ = [
+    "PAR",
     "REWARDS",
     "REWARD_TYPES",
     "Combination",
     "FunctionReward",
+    "Gate",
+    "Harmonic",
+    "Hinge",
+    "InverseVariance",
+    "Lagrangian",
+    "LogSigmoid",
+    "Mean",
+    "ParetoRank",
     "Reward",
     "RewardRecipe",
     "Score",
+    "SoftMin",
+    "StandardisedSum",
+    "Statistics",
+    "UncertaintyWeighted",
     "WeightedSum",
+    "WorstCase",
     "as_reward",
     "check_gradient",
     "load",
+    "mean",
+    "measure",
+    "minimum",
     "read_recipe",
+    "reference_rewards",
     "reward_names",
     "shipped_recipes",
     "weighted_sum",

@@ -172,8 +172,12 @@ class FunctionReward(Reward):
         self.differentiable = differentiable
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Calls the function; numbers and arrays become a tensor beside the images."""
+        """Calls the function; numbers and arrays become a tensor beside the images.
+
+        Of a tuple the first entry is the scores: trl's and flow_grpo's functions return a dict of news beside them.
+        """
         result = self.function(images, prompts, metadata)
+        result = result[0] if isinstance(result, tuple) else result
         return result if isinstance(result, Tensor) else torch.as_tensor(result, device=images.device)
 
 
@@ -181,7 +185,8 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, diff
     """Any function ``(images (B, 3, H, W) in [0, 1], prompts, metadata) -> (B,)`` as a `Reward`; a `Reward` as it is.
 
     Args:
-        reward: the function. It may return a tensor, an array or a list of numbers.
+        reward: the function. It may return a tensor, an array or a list of numbers, also as the first entry of a
+            tuple, as the reward functions of trl and flow_grpo do.
         name: default: the function's own name.
         differentiable: whether gradients flow from its scores to the images; `check_gradient` proves it.
     """

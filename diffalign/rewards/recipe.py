@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,47 @@ def load(reward: str | Path | Mapping[str, Any] | RewardRecipe) -> Reward:
         UnknownName: no reward of that name; near misses are named.
         ValueError: the recipe is wrong; file, key and value are named.
     """
+    token = _built.set({})
+    try:
+        return part(reward, Path.cwd())
+    finally:
+        _built.reset(token)
+
+
+_built: ContextVar[dict[str, Reward | None]] = ContextVar("built")
+
+
+def part(reward: str | Path | Mapping[str, Any] | RewardRecipe, folder: Path) -> Reward:
+    """As `load`, for a reward inside another: files start from `folder`, and what is named twice is one reward."""
     if isinstance(reward, RewardRecipe | Mapping):
         recipe = reward if isinstance(reward, RewardRecipe) else _validated(dict(reward), "reward recipe")
-        return built(recipe, Path.cwd())
-    if str(reward).endswith((".yaml", ".yml")):
-        path = Path(reward).expanduser()
-        return built(read_recipe(path), path.parent)
-    name = str(reward).removeprefix("zoo:")
+        return built(recipe, folder)
+    path, known = _recipe_file(str(reward), folder), _built.get()
+    key = str(reward).casefold() if path is None else str(path.resolve())
+    if key not in known:
+        known[key] = None  # under construction
+        known[key] = REWARDS.get(str(reward))() if path is None else built(read_recipe(path), path.parent)
+    found = known[key]
+    if found is None:
+        raise ValueError(f"reward {reward} is made of itself: name another inside its recipe")
+    return found
+
+
+def _recipe_file(reward: str, folder: Path) -> Path | None:
+    """The recipe file of a path or a shipped name; None for what needs none.
+
+    Raises:
+        UnknownName: nothing answers to the name.
+    """
+    if reward.endswith((".yaml", ".yml")):
+        return folder / Path(reward).expanduser()
+    name = reward.removeprefix("zoo:")
     shipped = shipped_recipes()
     if name.casefold() in shipped:
-        path = shipped[name.casefold()]
-        return built(read_recipe(path), path.parent)
-    try:
-        builder = REWARDS.get(name)
-    except UnknownName:
-        raise UnknownName("reward", str(reward), reward_names()) from None
-    return builder()
+        return shipped[name.casefold()]
+    if name.casefold() not in REWARDS.names():
+        raise UnknownName("reward", reward, reward_names())
+    return None
 
 
 def reward_names() -> list[str]:

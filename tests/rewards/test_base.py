@@ -210,3 +210,22 @@ def test_a_subclass_needs_only_values():
 
     torch.testing.assert_close(Dark()(images(), PROMPTS).value, 1 - images().mean(dim=(1, 2, 3)))
     assert Dark().to("cpu").name == "dark"
+
+
+def test_functions_of_trl_and_flow_grpo_work_unchanged():
+    """They take (images, prompts, metadata) and return (scores, news); flow_grpo's return arrays."""
+
+    def jpeg_like(images, prompts, metadata):
+        pixels = (images * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        return pixels.mean((1, 2, 3)) / 255, {"note": "as flow_grpo's"}
+
+    def aesthetic_like(images, prompts, metadata):
+        return images.clamp(0, 1).mean((1, 2, 3)), {}
+
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = images.mean((1, 2, 3))
+    score = as_reward(jpeg_like, differentiable=False)(images, ["a", "b"])
+    torch.testing.assert_close(score.value.float(), expected, rtol=0, atol=2e-3)
+    reward = as_reward(aesthetic_like)
+    torch.testing.assert_close(reward(images, ["a", "b"]).value, expected)
+    assert (check_gradient(reward, images, ["a", "b"]) > 0).all()

@@ -1,0 +1,28 @@
+"""Rewards from vision-language models: yes-probability, rating, pairwise judging, here or on a server; VLM-RM."""
+
+from diffalign.rewards.vlm.cache import AnswerCache
+from diffalign.rewards.vlm.goal_baseline import GoalBaseline
+from diffalign.rewards.vlm.judge import Answers, Judge, PointwiseReward, Question
+from diffalign.rewards.vlm.local import LocalVLM
+from diffalign.rewards.vlm.pairwise import PairwiseJudge
+from diffalign.rewards.vlm.questions import PAIRWISE, RATING, YES_NO
+from diffalign.rewards.vlm.rating import Rating
+from diffalign.rewards.vlm.server import JudgeServer
+from diffalign.rewards.vlm.yes_logit import YesLogit
+
+__all__ = [
+    "PAIRWISE",
+    "RATING",
+    "YES_NO",
+    "AnswerCache",
+    "Answers",
+    "GoalBaseline",
+    "Judge",
+    "JudgeServer",
+    "LocalVLM",
+    "PairwiseJudge",
+    "PointwiseReward",
+    "Question",
+    "Rating",
+    "YesLogit",
+]

@@ -1,0 +1,152 @@
+"""A vision-language model of transformers on this machine, asked by one forward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffalign._compat import ensure_torchvision
+from diffalign.media import to_pil
+from diffalign.rewards.vlm.judge import Judge, Question
+from diffalign.rewards.vlm.qwen_patches import QwenPatches
+
+
+class LocalVLM(Judge):
+    """Any decoder-only `AutoModelForImageTextToText`; differentiable for Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+
+    The chat template is that of the checkpoint, without thinking, and the answer is the distribution of the first token
+    after it. Images are rounded to 8 bits, as for a saved file. Those of the Qwen-VL family become patches in torch, so
+    that gradients reach them, straight through the rounding; other families' go through their own processor.
+
+    Rows are padded at the end and read at their last own token, which no padding can reach through a causal mask, so
+    that an answer does not depend on the other rows, up to the rounding of batched kernels.
+
+    Args:
+        path: a local folder or hub id with safetensors, tokenizer, processor and chat template.
+        name: default: the last part of the path.
+        revision: of the hub repository.
+        dtype: of the weights. Log-probabilities are taken in float32 at least.
+        batch_size: questions in one forward pass; it does not change the result.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 8,
+    ) -> None:
+        ensure_torchvision()
+        from transformers import AutoProcessor
+
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: at least one question is asked at once.")
+        self.name = name or Path(path).name
+        self.batch_size = batch_size
+        self.model = _load_model(str(path), revision, dtype)
+        self.processor = AutoProcessor.from_pretrained(str(path), revision=revision)
+        if not hasattr(self.processor, "image_processor"):
+            raise ValueError(f"{path} has no image processor: it is not a vision-language model, or lacks a file.")
+        self.processor.tokenizer.padding_side = "right"
+        kind = type(self.processor.image_processor).__name__
+        qwen = kind.startswith("Qwen2VLImageProcessor")
+        self.patches = QwenPatches.from_processor(self.processor.image_processor) if qwen else None
+        self.differentiable = qwen
+        self._parameters = inspect.signature(self.model.forward).parameters
+        self.word_tokens = lru_cache(maxsize=32)(self._word_tokens)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights."""
+        self.model.to(device)
+        return self
+
+    def log_probs(self, questions: Sequence[Question], words: Sequence[str]) -> Tensor:
+        """(Q, W), with gradients to the images where ``differentiable``. ValueError: a word is no token."""
+        tokens = [self.word_tokens(word) for word in words]
+        rows = []
+        for start in range(0, len(questions), self.batch_size):
+            logits = self._last_logits(questions[start : start + self.batch_size])
+            log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=1)
+            rows.append(torch.stack([log_p[:, ids].logsumexp(dim=1) for ids in tokens], dim=1))
+        return torch.cat(rows)
+
+    def _word_tokens(self, word: str) -> list[int]:
+        """Ids of the tokens that are this word in any case, with or without white space around it."""
+        tokenizer = self.processor.tokenizer
+        texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+        found = [index for index, text in enumerate(texts) if text.strip().casefold() == word.casefold()]
+        found = [index for index in found if index < self.model.get_output_embeddings().weight.shape[0]]
+        if not found:
+            raise ValueError(f"the tokenizer of {self.name} has no token {word!r}: ask for another word.")
+        return found
+
+    def _last_logits(self, questions: Sequence[Question]) -> Tensor:
+        """(Q, V) logits of the first token of each answer."""
+        inputs = {key: value.to(self.model.device) for key, value in self._inputs(questions).items()}
+        last = inputs["attention_mask"].sum(dim=1) - 1
+        rows = torch.arange(len(questions), device=last.device)
+        if "logits_to_keep" in self._parameters:  # a vocabulary's worth of logits for every image token is gigabytes
+            kept, place = last.unique(return_inverse=True)
+            inputs["logits_to_keep"] = kept
+        else:
+            place = last
+        with torch.autocast(self.model.device.type, enabled=False):
+            return self.model(**inputs, use_cache=False).logits[rows, place]
+
+    def _inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        texts = [self._text(question) for question in questions]
+        if self.patches is not None:
+            return self._qwen_inputs(questions, texts)
+        images = [[to_pil(image[None])[0] for image in question.images] for question in questions]
+        return dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
+
+    def _qwen_inputs(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
+        pixels, grids = self.patches([image for question in questions for image in question.images])
+        counts = iter((grids.prod(dim=1) // self.patches.merge**2).tolist())
+        mark = self.processor.image_token
+        # A prompt that spells the mark of an image would shift every image after it.
+        pieces = [text.split(mark) for text in texts]
+        for question, parts in zip(questions, pieces, strict=True):
+            if len(parts) != len(question.images) + 1:
+                raise ValueError(f"the question {question.text[:80]!r} has {mark} in its text: leave it out.")
+        spelt = [parts[0] + "".join(mark * next(counts) + part for part in parts[1:]) for parts in pieces]
+        inputs = dict(self.processor.tokenizer(spelt, padding=True, return_tensors="pt"))
+        inputs |= {"pixel_values": pixels.to(self.model.dtype), "image_grid_thw": grids}
+        if "mm_token_type_ids" in self._parameters:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.processor.image_token_id).int()
+        return {key: value for key, value in inputs.items() if key != "token_type_ids"}
+
+    def _text(self, question: Question) -> str:
+        content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        if text.rstrip().endswith("<think>"):
+            raise ValueError(
+                f"{self.name} thinks before it answers, and its chat template cannot turn that off: take a model "
+                "that answers at once, such as the -Instruct of the same family."
+            )
+        return text
+
+
+def _load_model(path: str, revision: str | None, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if absent := sorted(info["missing_keys"]):
+        raise ValueError(f"{path} lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{path} is a {type(model).__name__} with an encoder and a decoder: take a decoder-only model."
+        )
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,92 @@
+"""A judge that compares the images of one prompt two by two, in both orders."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import permutations
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from diffalign.rewards.base import Reward
+from diffalign.rewards.vlm.judge import Judge, Question
+from diffalign.rewards.vlm.questions import PAIRWISE, check_template, filled
+
+
+class PairwiseJudge(Reward):
+    """Win rate of each image against the others of its prompt, in [0, 1].
+
+    With p(i, j) the probability that the judge prefers the first of (image i, image j), i beats j by
+    w_ij = (p(i, j) + 1 - p(j, i)) / 2, and the score of i is the mean of w_ij over its valid pairs.
+
+    The win rate over all pairs of a group is Pref-GRPO's, Wang et al. (2025), arXiv:2508.20751. Departures: it judges a
+    pair in one order, counts an answer that cannot be read as half a win, and each comparison is won or lost. Here the
+    swap cancels a judge's preference for a position (Zheng et al., 2023, arXiv:2306.05685, who call a tie what is not
+    won in both orders), a pair without an answer in both orders is left out, and wins are probabilities; a
+    judge that is read as text gives 1, 1/2 or 0.
+
+    A group is the images of a call that have the same prompt: n of them take n (n - 1) questions of two images each. An
+    image without a valid pair, and so one that is alone, is a failed score.
+
+    Args:
+        judge: `LocalVLM` of a model that takes two images, or `JudgeServer`.
+        question: template that asks for 1 or 2.
+        principle: a standard to judge by, put before the question.
+        name: default: that of the judge.
+    """
+
+    groupwise = True
+
+    def __init__(
+        self, judge: Judge, question: str = PAIRWISE, *, principle: str | None = None, name: str | None = None
+    ) -> None:
+        check_template(question)
+        self.judge, self.question, self.principle = judge, question, principle
+        self.name = name or judge.name
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the judge."""
+        self.judge.to(device)
+        return self
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Win rates (B,), NaN for an image without a valid pair."""
+        return self._score_rows(images, prompts, metadata)[0]
+
+    def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
+        """Not one by one after a failure, as for other rewards: an image alone has no pair."""
+        pairs = _ordered_pairs(prompts)
+        questions = [
+            Question((images[i], images[j]), filled(self.question, prompts[i], self.principle)) for i, j in pairs
+        ]
+        first, lost = {}, {}
+        if questions:
+            answers = self.judge.answers(questions, ("1", "2"))
+            chance = answers.log_probs.double().softmax(dim=1)[:, 0].tolist()
+            first = {pair: p for pair, p in zip(pairs, chance, strict=True) if math.isfinite(p)}
+            lost = {pairs[index]: reason for index, reason in answers.reasons.items()}
+        rates, reasons = torch.full((len(prompts),), math.nan, device=images.device), {}
+        for i in range(len(prompts)):
+            wins = [(first[i, j] + 1 - first[j, i]) / 2 for a, j in pairs if a == i and {(i, j), (j, i)} <= set(first)]
+            if wins:
+                rates[i] = math.fsum(wins) / len(wins)
+            else:
+                reasons[i] = _no_pair(i, prompts, lost)
+        return rates, reasons
+
+
+def _ordered_pairs(prompts: Sequence[str]) -> list[tuple[int, int]]:
+    groups = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        groups[prompt].append(index)
+    return [pair for members in groups.values() for pair in permutations(members, 2)]
+
+
+def _no_pair(index: int, prompts: Sequence[str], lost: dict[tuple[int, int], str]) -> str:
+    if prompts.count(prompts[index]) == 1:
+        return f"it is the only image of the prompt {prompts[index][:80]!r}, and a pairwise judge needs two"
+    told = [reason for pair, reason in lost.items() if index in pair] or ["the answers are not numbers"]
+    return f"no pair could be judged; the first: {told[0]}"
