@@ -121,7 +121,7 @@ def test_an_option_instead_of_an_override(folder):
         ("--help",),
         ("train", "--help"),
         ("doctor", "--help"),
-        ("sample", "--help"),
+        ("sample", "--help"), ("score", "--help"),
         ("show", "--help"),
         ("cp", "--help"),
         ("ls",),

@@ -105,6 +105,52 @@ def sample(
     )
 
 
+@app.command()
+def score(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PATH...", help="folders, files, lists (.csv, .jsonl, .parquet) or webdataset .tar files"
+        ),
+    ],
+    reward: Annotated[
+        list[str], typer.Option(help="a reward's name (diffalign ls rewards) or recipe file; repeatable")
+    ],
+    prompts: Annotated[
+        str | None, typer.Option(help="a file with one prompt for each item in order, or one for all")
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="of lists; default: the first of prompt, caption and text")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="a .parquet, .csv or .jsonl file")] = Path("scores.parquet"),
+    batch_size: Annotated[str, typer.Option(metavar="auto|N", help="items at once")] = "auto",
+    keep: Annotated[
+        float | None, typer.Option(help="write the best share by the first reward to OUT.kept too, such as 0.1")
+    ] = None,
+    per: Annotated[str | None, typer.Option(metavar="COLUMN", help="keep that share within each group")] = None,
+    shard: Annotated[str, typer.Option(metavar="I/N", help="one of N shares, counted from 0")] = "0/1",
+    cache: Annotated[Path | None, typer.Option(help="folder with the scores of other runs, to use and add to")] = None,
+) -> None:
+    """Score images and videos with any rewards; the same command goes on where it was stopped.
+
+    Example: [bold]diffalign score samples --reward shapes-clip --reward shapes-preference --out scores.csv[/bold]
+    """
+    from diffalign.cli import score as command
+
+    command.run(
+        inputs,
+        rewards=reward,
+        out=out,
+        prompts=prompts,
+        prompt_column=prompt_column,
+        batch_size=batch_size,
+        keep=keep,
+        per=per,
+        shard=shard,
+        cache=cache,
+    )
+
+
 @app.command("ls")
 def list_(kind: Annotated[Kind | None, typer.Argument(help="default: everything")] = None) -> None:
     """List what ships: recipes, rewards, methods, policies, prompts.

@@ -7,10 +7,13 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
+
+from diffalign.rewards.memory import free_memory, out_of_memory
 
 if TYPE_CHECKING:
     from diffalign.rewards.combination import WeightedSum
@@ -53,6 +56,7 @@ class Reward:
         media: what it scores: images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1].
         needs: "prompt" where the score depends on it, and the keys of the metadata that it reads.
         token_limit: tokens of a prompt that it reads; more are cut off with a warning. None: all, or no text.
+        optional: keys of the metadata that it reads where they are there.
         groupwise: whether a score depends on the other samples of the same prompt, as that of a pairwise judge.
     """
 
@@ -60,9 +64,15 @@ class Reward:
     differentiable: bool = False
     media: Literal["image", "video"] = "image"
     needs: tuple[str, ...] = ("prompt",)
+    optional: tuple[str, ...] = ()
     token_limit: int | None = None
     groupwise: bool = False
     _told: bool = False  # whether a failure was reported already
+
+    @cached_property
+    def _fits(self) -> dict[torch.Size, int]:
+        """Shape of a sample -> how many of them fitted into memory, where more did not."""
+        return {}
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Raw scores (B,) of media in [0, 1]. Exceptions, NaN and infinities become failed scores."""
@@ -75,8 +85,9 @@ class Reward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
         """Scores images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1], for their prompts.
 
-        A batch that raises is scored again one by one, and a score that is NaN or infinite is left out, so that one
-        bad sample costs its own score and no other. Gradients reach the images of valid samples.
+        A batch that raises is scored again by halves, and a score that is NaN or infinite is left out, so that one bad
+        sample costs its own score and no other. Where memory was short, later batches of such images start with what
+        fitted. A group that raises has failed whole. Gradients reach the images of valid samples.
 
         Raises:
             TypeError, ValueError: the input breaks the pixel contract, or the counts differ; never a failed score.
@@ -92,16 +103,24 @@ class Reward:
 
     def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
         """(values with NaN where they failed, why they failed)."""
+        fits = self._fits.get(images.shape[1:], len(prompts))
+        if len(prompts) > fits:
+            return self._joined(fits, images, prompts, metadata)
         try:
             value = self._checked_values(images, prompts, metadata)
         except Exception as error:
             # Any scorer may fail in any way, and a run of days must survive it. KeyboardInterrupt passes.
-            if len(prompts) == 1:
-                return torch.full((1,), math.nan, device=images.device), {0: f"{type(error).__name__}: {error}"}
-            single = (slice(i, i + 1) for i in range(len(prompts)))
-            rows = [self._score_rows(images[i], prompts[i], metadata[i]) for i in single]
-            reasons = {i: found[0] for i, (_, found) in enumerate(rows) if found}
-            return torch.cat([value for value, _ in rows]), reasons
+            short, reason = out_of_memory(error), f"{type(error).__name__}: {error}"
+            value = None
+        if value is None:
+            if len(prompts) == 1 or self.groupwise:
+                failed = torch.full((len(prompts),), math.nan, device=images.device)
+                return failed, dict.fromkeys(range(len(prompts)), reason)
+            half = len(prompts) // 2
+            if short:  # later batches of such images start with what fits
+                self._fits[images.shape[1:]] = half
+                free_memory()
+            return self._joined(half, images, prompts, metadata)
         finite = value.detach().isfinite()
         if bool(finite.all()):
             return value, {}
@@ -110,6 +129,18 @@ class Reward:
             # 0 * NaN is NaN in a backward pass too, so the finite scores are computed again without the others.
             value = self._recompute(finite, images, prompts, metadata, value.dtype)
         return value.masked_fill(~finite, math.nan), reasons
+
+    def _joined(
+        self, size: int, images: Tensor, prompts: list[str], metadata: list[dict]
+    ) -> tuple[Tensor, dict[int, str]]:
+        """As `_score_rows`, by parts of `size`."""
+        values, reasons = [], {}
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            value, failed = self._score_rows(images[part], prompts[part], metadata[part])
+            values.append(value)
+            reasons |= {start + index: reason for index, reason in failed.items()}
+        return torch.cat(values), reasons
 
     def _recompute(
         self, keep: Tensor, images: Tensor, prompts: list[str], metadata: list[dict], dtype: torch.dtype

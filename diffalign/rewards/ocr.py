@@ -26,7 +26,7 @@ class TextMatch(Reward):
     reader fails on, are failed scores and no error and no 0. An image in which nothing is read does score 0.
     """
 
-    needs = ("prompt", "text")
+    optional = ("text",)
 
     def __init__(self, name: str = "ocr") -> None:
         self.name = name

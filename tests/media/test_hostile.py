@@ -97,9 +97,9 @@ def test_the_reasons_say_what_is_wrong(corpus):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read as Linux tells it")
-def test_a_thousand_hostile_files_take_bounded_memory(tmp_path):
+def test_hostile_files_take_bounded_memory(tmp_path):
     """Read in a process of its own, so that its peak is that of reading; a bomb alone would take hundreds of MiB."""
-    write_corpus(tmp_path / "corpus", 1000)
+    write_corpus(tmp_path / "corpus", 300)
     (tmp_path / "good.png").write_bytes(image("PNG"))
     (tmp_path / "good.mp4").write_bytes(video())
     script = (
@@ -121,6 +121,6 @@ def test_a_thousand_hostile_files_take_bounded_memory(tmp_path):
     assert done.stderr == ""
     found = json.loads(done.stdout)
     assert found["shapes"] == [[1, 3, 32, 48], [12, 3, 32, 32]]
-    assert found["rows"] == 1000
-    assert 500 < found["reasons"] < 1000
+    assert found["rows"] == 300
+    assert 150 < found["reasons"] < 300
     assert found["growth"] < 128, found

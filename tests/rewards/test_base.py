@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffalign.rewards import Reward, WeightedSum, as_reward, check_gradient, weighted_sum
+from diffalign.rewards.memory import out_of_memory
 
 PROMPTS = ["a", "b", "c", "d"]
 
@@ -229,3 +230,61 @@ def test_functions_of_trl_and_flow_grpo_work_unchanged():
     reward = as_reward(aesthetic_like)
     torch.testing.assert_close(reward(images, ["a", "b"]).value, expected)
     assert (check_gradient(reward, images, ["a", "b"]) > 0).all()
+
+
+class Counting(Reward):
+    """The mean of an image; has memory for some of them, and breaks on a white one."""
+
+    def __init__(self, error, most):
+        self.name, self.error, self.most, self.seen = "counting", error, most, []
+
+    def values(self, images, prompts, metadata):
+        self.seen.append(len(images))
+        if len(images) > self.most:
+            raise self.error
+        if (images == 1).flatten(1).all(dim=1).any():
+            raise ValueError("a white image")
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory: you tried"),
+    ],
+    ids=["device", "cpu"],
+)
+def test_a_batch_that_does_not_fit_is_halved_and_the_next_of_its_size_starts_there(error):
+    reward = Counting(error, most=3)
+    images = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.9
+    for _ in range(2):
+        torch.testing.assert_close(reward(images, ["p"] * 10).value, images.mean((1, 2, 3)))
+    assert reward.seen == [10, 5, 2, 2, 1, 2, 2, 1, *[2] * 5]
+    assert reward(torch.rand(4, 3, 8, 8), ["p"] * 4).valid.all()
+    assert reward.seen[-3:] == [4, 2, 2]  # another size has a limit of its own
+
+
+def test_another_failure_leaves_no_limit_behind():
+    reward = Counting(None, most=8)
+    images = torch.full((8, 3, 4, 4), 0.5)
+    images[5] = 1
+    score = reward(images, ["p"] * 8)
+    assert score.valid.tolist() == [True] * 5 + [False] + [True] * 2
+    assert score.reasons == {5: "ValueError: a white image"}
+    assert reward.seen == [8, 4, 4, 2, 1, 1, 2]
+    reward(images[:5].repeat(1, 1, 1, 1), ["p"] * 5)
+    assert reward.seen[-1] == 5
+
+
+def test_a_group_that_fails_has_failed_whole():
+    reward = Counting(ValueError("no group today"), most=2)
+    reward.groupwise = True
+    score = reward(torch.rand(3, 3, 4, 4), ["p"] * 3)
+    assert reward.seen == [3]
+    assert score.reasons == dict.fromkeys(range(3), "ValueError: no group today")
+
+
+def test_another_error_is_no_lack_of_memory():
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not out_of_memory(ValueError("not enough memory"))

@@ -1,0 +1,65 @@
+"""Scores by content: the same pixels, words and reward are scored once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from diffalign.rewards import FunctionReward, Reward
+from diffalign.scoring.items import Item
+
+
+def pixel_digest(pixels: Tensor) -> bytes:
+    """Of (3, H, W) uint8: sha256 of the shape and the levels."""
+    return hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).digest()
+
+
+def key(pixels: bytes, item: Item, reward: Reward, fingerprint: str) -> bytes:
+    """The address of a score: what the reward sees of the pixels, the prompt and the metadata, and what it is itself.
+
+    A function says nowhere what it reads, so all that it gets is in the key.
+    """
+    reads_all = isinstance(reward, FunctionReward)
+    prompt = item.prompt if reads_all or "prompt" in reward.needs else None
+    reads = reward.needs + reward.optional
+    metadata = {k: v for k, v in item.metadata.items() if reads_all or k in reads}
+    told = hashlib.sha256(json.dumps([prompt, metadata], sort_keys=True, default=str).encode()).digest()
+    return hashlib.sha256(pixels + told + fingerprint.encode()).digest()
+
+
+class Cache:
+    """Scores in an SQLite file, which several processes of one machine may use together. Failures are not kept.
+
+    Raises ValueError where the file is something else, or cannot be written.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.hits = 0
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._base = sqlite3.connect(file, timeout=60)
+            self._base.execute("CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, value REAL) WITHOUT ROWID")
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise ValueError(
+                f"{file} cannot be used as a cache ({error}): remove it, or name another folder."
+            ) from error
+
+    def get(self, key: bytes) -> float | None:
+        """The score of a key, or None."""
+        row = self._base.execute("SELECT value FROM scores WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def put(self, scores: Mapping[bytes, float] | Sequence[tuple[bytes, float]]) -> None:
+        """Keeps scores, all of them or none."""
+        rows = scores.items() if isinstance(scores, Mapping) else scores
+        with self._base:
+            self._base.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._base.close()
