@@ -58,6 +58,7 @@ class Reward:
         token_limit: tokens of a prompt that it reads; more are cut off with a warning. None: all, or no text.
         optional: keys of the metadata that it reads where they are there.
         groupwise: whether a score depends on the other samples of the same prompt, as that of a pairwise judge.
+        states_sigma: whether ``values`` are (B, 2), each score beside its own standard deviation.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Reward:
     optional: tuple[str, ...] = ()
     token_limit: int | None = None
     groupwise: bool = False
+    states_sigma: bool = False
     _told: bool = False  # whether a failure was reported already
 
     @cached_property
@@ -75,7 +77,7 @@ class Reward:
         return {}
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Raw scores (B,) of media in [0, 1]. Exceptions, NaN and infinities become failed scores."""
+        """Raw scores (B,), or (B, 2) with `states_sigma`. Exceptions, NaN and infinities become failed scores."""
         raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Self:
@@ -99,7 +101,8 @@ class Reward:
         valid = torch.ones(len(prompts), dtype=torch.bool, device=value.device)
         valid[list(reasons)] = False
         self._tell(reasons)
-        return Score(value, valid, {self.name: value.detach()}, reasons=reasons)
+        value, sigma = (value[:, 0], value[:, 1].detach()) if self.states_sigma else (value, None)
+        return Score(value, valid, {self.name: value.detach()}, sigma, reasons)
 
     def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
         """(values with NaN where they failed, why they failed)."""
@@ -114,21 +117,21 @@ class Reward:
             value = None
         if value is None:
             if len(prompts) == 1 or self.groupwise:
-                failed = torch.full((len(prompts),), math.nan, device=images.device)
+                failed = torch.full(self._shape(len(prompts)), math.nan, device=images.device)
                 return failed, dict.fromkeys(range(len(prompts)), reason)
             half = len(prompts) // 2
             if short:  # later batches of such images start with what fits
                 self._fits[images.shape[1:]] = half
                 free_memory()
             return self._joined(half, images, prompts, metadata)
-        finite = value.detach().isfinite()
+        finite = value.detach().reshape(len(prompts), -1).isfinite().all(dim=1)
         if bool(finite.all()):
             return value, {}
-        reasons = {i: f"the score is {value[i].item()}" for i in range(len(prompts)) if not finite[i]}
+        reasons = {i: f"the score is {value[i].flatten()[0].item()}" for i in range(len(prompts)) if not finite[i]}
         if value.requires_grad:
             # 0 * NaN is NaN in a backward pass too, so the finite scores are computed again without the others.
             value = self._recompute(finite, images, prompts, metadata, value.dtype)
-        return value.masked_fill(~finite, math.nan), reasons
+        return torch.where(finite.reshape(-1, *[1] * (value.ndim - 1)), value, math.nan), reasons
 
     def _joined(
         self, size: int, images: Tensor, prompts: list[str], metadata: list[dict]
@@ -145,7 +148,7 @@ class Reward:
     def _recompute(
         self, keep: Tensor, images: Tensor, prompts: list[str], metadata: list[dict], dtype: torch.dtype
     ) -> Tensor:
-        value = torch.full((len(prompts),), math.nan, dtype=dtype, device=images.device)
+        value = torch.full(self._shape(len(prompts)), math.nan, dtype=dtype, device=images.device)
         index = keep.nonzero().flatten().to(images.device)
         if not len(index):
             return value
@@ -155,12 +158,15 @@ class Reward:
 
     def _checked_values(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         value = torch.as_tensor(self.values(images, prompts, metadata)).to(images.device)
-        if value.shape != (len(prompts),):
+        if value.shape != self._shape(len(prompts)):
             raise ValueError(
                 f"reward {self.name!r} returned shape {tuple(value.shape)} for {len(prompts)} images: "
-                f"it must return one score for each, shape ({len(prompts)},)."
+                f"it must return one score for each, shape {self._shape(len(prompts))}."
             )
         return value if value.dtype == torch.float64 else value.float()
+
+    def _shape(self, samples: int) -> tuple[int, ...]:
+        return (samples, 2) if self.states_sigma else (samples,)
 
     def _tell(self, reasons: dict[int, str]) -> None:
         if reasons and not self._told:

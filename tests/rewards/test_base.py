@@ -288,3 +288,31 @@ def test_a_group_that_fails_has_failed_whole():
 def test_another_error_is_no_lack_of_memory():
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not out_of_memory(ValueError("not enough memory"))
+
+
+class Uncertain(Reward):
+    """Mean and standard deviation of an image."""
+
+    differentiable, states_sigma, name = True, True, "uncertain"
+
+    def values(self, images, prompts, metadata):
+        if any(prompt == "broken" for prompt in prompts):
+            raise ValueError("broken")
+        flat = images.flatten(1)
+        return torch.stack([flat.mean(1), flat.std(1)], dim=1)
+
+
+def test_a_reward_may_state_its_own_standard_deviation():
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images[1, 0, 0, 0] = math.nan
+    leaf = images.clone().requires_grad_()
+    score = Uncertain()(leaf, ["p", "p", "broken", "p", "p"])
+    good = [0, 3, 4]
+    assert score.valid.tolist() == [True, False, False, True, True]
+    torch.testing.assert_close(score.value[good], images[good].flatten(1).mean(1))
+    torch.testing.assert_close(score.sigma[good], images[good].flatten(1).std(1))
+    assert score.sigma[[1, 2]].isnan().all()
+    assert not score.sigma.requires_grad
+    (gradient,) = torch.autograd.grad(score.value[score.valid].sum(), leaf)
+    torch.testing.assert_close(gradient[good], torch.full((3, 3, 4, 4), 1 / 48))
+    assert not gradient[[1, 2]].any()
