@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -80,10 +81,16 @@ def _plain(text: str) -> str:
 
 
 def _reader() -> Any:
+    libraries = os.environ.get("LD_LIBRARY_PATH")
     try:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise ValueError("the OCR reward needs rapidocr: pip install 'diffalign[ocr]'") from error
+    finally:  # OpenCV adds its folder, which every process that is started later would inherit
+        if libraries is None:
+            os.environ.pop("LD_LIBRARY_PATH", None)
+        else:
+            os.environ["LD_LIBRARY_PATH"] = libraries
     return RapidOCR(
         params={
             "Global.use_cls": False,  # which turns text that stands on its head; Flow-GRPO reads without

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import string
 import sys
 
 import numpy as np
@@ -21,6 +20,7 @@ from diffalign.rewards.hps import HPSReward, from_open_clip
 from diffalign.rewards.preprocessing import ClipPreprocessing
 from diffalign.rewards.weights import find_weights, read_weights
 from tests.rewards.pictures import PROMPTS, pictures
+from tests.rewards.tiny import published_head, write_hps, write_siglip
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +30,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def tiny_siglip(tmp_path_factory):
-    """A random SiglipModel with Gemma's tokenizer, which here knows lower-case letters only, and 20 of them at most."""
-    ensure_torchvision()
-    from transformers import GemmaTokenizer, SiglipConfig, SiglipModel
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-siglip"
-    symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.ascii_lowercase]
-    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
-    GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=20).save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = tower | {"vocab_size": len(vocabulary), "max_position_embeddings": 20, "projection_size": 32}
-    torch.manual_seed(0)
-    config = SiglipConfig(text_config=text, vision_config=tower | {"image_size": 32, "patch_size": 8})
-    model = SiglipModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
+    return write_siglip(tmp_path_factory.mktemp("models") / "tiny-siglip")
 
 
 def test_siglip_scores_equal_transformers(tiny_siglip):
@@ -105,13 +86,6 @@ def test_prompts_are_needed_where_they_are_read(tiny_clip, tmp_path):
         ("prompt",),
         ("prompt",),
     )
-
-
-def published_head(width, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    sizes = {"layers.0": (12, width), "layers.2": (8, 12), "layers.4": (4, 8), "layers.6": (3, 4), "layers.7": (1, 3)}
-    weights = {f"{name}.weight": torch.randn(size, generator=random) for name, size in sizes.items()}
-    return weights | {f"{name}.bias": torch.randn(size[0], generator=random) for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -173,18 +147,8 @@ def test_weights_that_are_more_than_tensors_are_not_read(tmp_path):
 
 @pytest.fixture
 def hps_checkpoint(tiny_clip, tmp_path):
-    """The tiny CLIP with other weights, in the layout in which HPSv2 was published."""
-    from transformers import CLIPModel
-
-    from diffalign.zoo.open_clip_export import state_dict
-
-    model = CLIPModel.from_pretrained(tiny_clip)
-    random = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
-    torch.save({"state_dict": state_dict(model), "epoch": 1}, tmp_path / "HPS_v2.1_compressed.pt")
-    return model.eval(), tmp_path / "HPS_v2.1_compressed.pt"
+    file = tmp_path / "HPS_v2.1_compressed.pt"
+    return write_hps(tiny_clip, file), file
 
 
 def test_a_published_hps_checkpoint_loads_whole(hps_checkpoint, tiny_clip):
@@ -242,6 +206,7 @@ import json, open_clip, torch
 from diffalign import media
 from diffalign.rewards.clip import CLIPReward
 from tests.rewards.pictures import PROMPTS, pictures
+from tests.rewards.tiny import published_head, write_hps, write_siglip
 name = "local-dir:" + {folder!r}
 pictures = [picture.resize((40, 57)) for picture in pictures()]  # a crop whose offset is half a pixel
 model, _, preprocess = open_clip.create_model_and_transforms(name)

@@ -11,30 +11,11 @@ from diffalign import media
 from diffalign.rewards import check_gradient
 from diffalign.rewards.mps import MPSReward
 from tests.parity.imagereward_case import pictures
+from tests.rewards.tiny import mps_cross_weights
 
 WIDTH = 128
 TEXTS = ["a red circle", "two blue squares", ""]
 CONDITION = "big green, square"
-
-
-def cross_weights(width=WIDTH, layers=2, seed=0):
-    """Under the names, and with the buffers, of the published module."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"0.fn.norm.weight": (width,), "1.fn.norm.weight": (width,), "0.fn.ff.0.weight": (8 * width, width)}
-    shapes |= {
-        "0.fn.to_q.weight": (width, width),
-        "0.fn.to_kv.weight": (128, width),
-        "1.fn.attn_out.weight": (width, width),
-    }
-    shapes |= {"0.fn.to_out.weight": (width, width), "0.fn.ff.2.weight": (width, 4 * width)}
-    shapes |= {"1.fn.fused_attn_ff_proj.weight": (9 * width + 128, width), "1.fn.ff_out.1.weight": (width, 4 * width)}
-    weights = {}
-    for layer in (f"cross_model.layers.{number}" for number in range(layers)):
-        for name, shape in shapes.items():
-            weights[f"{layer}.{name}"] = torch.randn(shape, generator=generator) * 1.5 * shape[-1] ** -0.5
-        weights |= {f"{layer}.{number}.fn.norm.bias": torch.zeros(width) for number in (0, 1)}
-        weights[f"{layer}.1.fn.rotary_emb.inv_freq"] = 1 / 10_000 ** (torch.arange(0, 64, 2) / 64)
-    return weights
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +30,7 @@ def published(tiny_clip, tmp_path_factory):
     clip = CLIPModel(CLIPConfig.from_pretrained(base)).state_dict()
     weights = {f"model.{name}": tensor * (1 if name == "logit_scale" else 3) for name, tensor in clip.items()}
     weights["model.text_model.embeddings.position_ids"] = torch.arange(16)[None]
-    torch.save(weights | cross_weights(), base.parent / "MPS.pt")
+    torch.save(weights | mps_cross_weights(), base.parent / "MPS.pt")
     return base, base.parent / "MPS.pt"
 
 
@@ -171,7 +152,7 @@ def test_another_checkpoint_is_refused(published, tmp_path):
     base, file = published
     weights = torch.load(file, weights_only=True)
     cut = {name: tensor for name, tensor in weights.items() if name != "cross_model.layers.1.1.fn.attn_out.weight"}
-    for tensors, words in ((cut, r"own\.attn_out\.weight, none for 128 x 128"), (cross_weights(), "CLIPModel")):
+    for tensors, words in ((cut, r"own\.attn_out\.weight, none for 128 x 128"), (mps_cross_weights(), "CLIPModel")):
         torch.save(tensors, tmp_path / "other.pt")
         with pytest.raises(ValueError, match=words):
             MPSReward(tmp_path / "other.pt", base)

@@ -1,0 +1,119 @@
+"""The scorers of the contract: each from tiny files in the layout in which its real ones were published."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from diffalign import media
+from diffalign.rewards import Reward
+from diffalign.rewards.aesthetic import AestheticReward
+from diffalign.rewards.clip import CLIPReward, PickScoreReward
+from diffalign.rewards.frames import FrameReward
+from diffalign.rewards.hps import HPSReward
+from diffalign.rewards.imagereward import ImageReward
+from diffalign.rewards.jpeg import JpegSize
+from diffalign.rewards.motion import DynamicDegree, MotionSmoothness
+from diffalign.rewards.mps import MPSReward
+from diffalign.rewards.ocr import TextMatch
+from diffalign.rewards.vlm import GoalBaseline, LocalVLM, Rating, YesLogit
+from tests.parity.imagereward_case import random_checkpoint, write_tokenizer
+from tests.rewards import tiny
+from tests.rewards.pictures import pictures
+from tests.rewards.tiny_vlm import save_vlm
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What the contract needs to know of a scorer.
+
+    Attributes:
+        build: from a folder of tiny files.
+        layout: the published files that those have the names and tensors of; None: there are none.
+        card: the shipped recipe that tells its licence.
+        prompts: of the three samples.
+        bound: of the difference between finite differences and the gradient, over the gradient's norm.
+        step: of the finite differences; larger where the network has parts in float32 for good.
+    """
+
+    build: Callable[[Path], Reward]
+    layout: str | None
+    card: str
+    prompts: tuple[str, ...] = ("a red circle", "two blue squares", "a big square")
+    bound: float = 1e-4
+    step: float = 1e-6
+
+
+def aesthetic(folder: Path, weights: dict[str, torch.Tensor]) -> Reward:
+    save_file(weights, folder / "head.safetensors")
+    return AestheticReward(tiny.write_clip(folder / "clip"), folder / "head.safetensors")
+
+
+def linear_head(width: int) -> dict[str, torch.Tensor]:
+    return {"weight": torch.randn(1, width, generator=torch.Generator().manual_seed(0)), "bias": torch.ones(1)}
+
+
+def hps(folder: Path) -> Reward:
+    base = tiny.write_clip(folder / "base")
+    tiny.write_hps(base, folder / "HPS_v2.1_compressed.pt")
+    return HPSReward(folder / "HPS_v2.1_compressed.pt", base)
+
+
+def image_reward(folder: Path) -> Reward:
+    torch.save(random_checkpoint(), folder / "ImageReward.pt")
+    write_tokenizer(folder / "bert-base-uncased")
+    return ImageReward(folder / "ImageReward.pt", tokenizer=folder / "bert-base-uncased")
+
+
+def mps(folder: Path) -> Reward:
+    base = tiny.write_clip(folder / "base", projection_dim=128)
+    return MPSReward(tiny.write_mps(base, folder / "MPS.pt"), base, condition="big green, square")
+
+
+def vlm(folder: Path) -> LocalVLM:
+    return LocalVLM(save_vlm(folder))
+
+
+SCORERS = {
+    "CLIP": Scorer(lambda f: CLIPReward(tiny.write_clip(f)), "transformers' CLIPModel", "clip-vit-l-14"),
+    "SigLIP / SigLIP 2": Scorer(lambda f: CLIPReward(tiny.write_siglip(f)), "transformers' SiglipModel", "siglip2"),
+    "PickScore": Scorer(lambda f: PickScoreReward(tiny.write_clip(f)), "transformers' CLIPModel", "pickscore"),
+    "HPSv2 / 2.1": Scorer(hps, "HPS_v2.1_compressed.pt, open_clip's names", "hpsv2.1"),
+    "LAION aesthetic v1": Scorer(lambda f: aesthetic(f, linear_head(16)), "weight, bias", "laion-aesthetic-v1"),
+    "LAION aesthetic v2": Scorer(
+        lambda f: aesthetic(f, tiny.published_head(16)), "layers.0 to layers.7", "laion-aesthetic-v2"
+    ),
+    "ImageReward": Scorer(image_reward, "ImageReward.pt", "image-reward"),
+    "MPS": Scorer(mps, "tensors of the published modules", "mps"),
+    "VLM-RM": Scorer(
+        lambda f: GoalBaseline(tiny.write_clip(f), "a red one", alpha=0.5), "transformers' CLIPModel", "vlm-rm"
+    ),
+    "VQAScore, Qwen2.5-VL": Scorer(
+        lambda f: YesLogit(vlm(f), score="logit"),
+        "transformers' Qwen2.5-VL",
+        "vqascore-qwen2.5-vl",
+        bound=2e-2,
+        step=1e-4,
+    ),
+    "VLM rating": Scorer(
+        lambda f: Rating(vlm(f)), "transformers' Qwen2.5-VL", "vqascore-qwen2.5-vl", bound=2e-2, step=1e-4
+    ),
+    "JPEG size": Scorer(lambda _: JpegSize(), None, "jpeg-size"),
+    "OCR": Scorer(lambda _: TextMatch(), "the wheel of rapidocr", "ocr", ('a sign "GO"', 'a "cat"', 'say "42"')),
+    "CLIP on frames": Scorer(
+        lambda f: FrameReward(CLIPReward(tiny.write_clip(f)), "all"), "transformers' CLIPModel", "clip-vit-l-14"
+    ),
+    "motion smoothness": Scorer(lambda _: MotionSmoothness(), None, "motion-smoothness"),
+    # which pixels change most changes itself, so the step is short
+    "dynamic degree": Scorer(lambda _: DynamicDegree(), None, "dynamic-degree", step=1e-8),
+}
+
+
+def samples(reward: Reward) -> torch.Tensor:
+    """Three images, or videos of four frames, on 8-bit levels."""
+    if reward.media == "image":
+        return media.from_pil(list(pictures(3, 60, 84)))
+    frames = media.from_pil(list(pictures(12, 40, 36)))
+    return frames.reshape(3, 4, *frames.shape[1:])
