@@ -22,7 +22,7 @@ check: .venv/dev.stamp ## lint, format, types of the maths and of the recipes, f
 	$(PY) -m pyright
 	$(PY) -m pytest -q tests/test_floors.py
 
-verify: check test demo ## everything above, and the tests that take minutes
+verify: check test demo .venv/peers.stamp ## everything above, and the tests that take minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m verify --durations 0
 
 docs: .venv/docs.stamp ## the documentation, into site/; a warning is an error
@@ -46,6 +46,17 @@ clean: ## remove the virtual environment and the runs of the demo
 	$(INSTALL) -e '.[dev]'
 	rm -rf .venv/open_clip
 	$(INSTALL) --no-deps --target .venv/open_clip open_clip_torch timm torchvision ftfy wcwidth
+	touch $@
+
+# Packages that others wrote, of the years that they were written in, to compare scores with (tests/parity).
+.venv/peers.stamp:
+	test -x .venv/peers/bin/python || $(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/python -m pip install --disable-pip-version-check --quiet --no-compile torch==2.13.0 \
+		transformers==4.36.2 torchmetrics==1.9.0 scikit-learn==1.9.1 scipy==1.17.1 tqdm pillow
+	.venv/peers/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps \
+		torchvision==0.28.0 timm==0.6.13 fairscale==0.4.13 image-reward==1.5 hpsv2==1.2.0 trl==0.23.1 \
+		clint==0.5.1 args==0.1.0 ftfy==6.3.1 regex==2026.11.15 wcwidth==0.9.4 \
+		torch-fidelity==0.4.0 prdc==0.2 vendi-score==0.0.3 clip-mmd==0.0.2
 	touch $@
 
 .venv/docs.stamp: .venv/core.stamp

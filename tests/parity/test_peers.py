@@ -1,0 +1,56 @@
+"""Scores beside those of packages that others wrote, which run in an environment of their own: `make verify` builds it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+VENV = HERE.parents[1] / ".venv"
+PEERS = VENV / "peers" / "bin" / "python"
+BPE = VENV / "open_clip" / "open_clip" / "bpe_simple_vocab_16e6.txt.gz"
+
+pytestmark = [
+    pytest.mark.verify,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PEERS.exists(), reason="needs .venv/peers: make verify builds it"),
+]
+
+
+def told(*command):
+    """The JSON lines that a program prints."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def case(module, *arguments):
+    return told(sys.executable, "-W", "ignore", "-m", f"tests.parity.{module}", *arguments)
+
+
+def test_hpsv2_and_the_aesthetic_head(tmp_path):
+    case("clip_family_case", tmp_path, BPE)
+    found = told(PEERS, HERE / "clip_family.py", tmp_path, BPE)
+    print(found)
+    assert {line["peer"].split()[0] for line in found} == {"hpsv2", "trl"}
+    for line in found:
+        assert line["largest_difference"] < 5e-6
+        assert line["spread"] > 1000 * line["largest_difference"]
+
+
+def test_image_reward(tmp_path):
+    case("imagereward_case", tmp_path)
+    (line,) = told(PEERS, HERE / "imagereward.py", tmp_path)
+    print(line)
+    assert line["largest_difference"] < 5e-6
+
+
+def test_rewards_of_sets(tmp_path):
+    case("sets", "write", tmp_path / "sets.npz")
+    (found,) = told(PEERS, HERE / "sets.py", "compare", tmp_path / "sets.npz")
+    print(found)
+    assert len(found["peers"]) == 5
+    for peer in found["peers"]:
+        assert max(peer["largest_relative_difference"].values()) < 1e-6, peer
