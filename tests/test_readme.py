@@ -66,6 +66,28 @@ def test_the_example_of_the_guide_to_rewards_runs(capsys):
     assert space["score"].valid.all()
 
 
+def test_the_reward_recipes_of_the_guide_are_valid(tmp_path):
+    asked, published, mixed = blocks("docs/guide/rewards.md", "yaml")
+    assert yaml.safe_load(asked)["rewards"]["train"][1]["weight"] == 0.1
+    (tmp_path / "published.yaml").write_text(published)
+    assert rewards.read_recipe(tmp_path / "published.yaml").type == "aesthetic"
+    (tmp_path / "mixed.yaml").write_text(mixed)
+    reward = rewards.load(tmp_path / "mixed.yaml")
+    score = reward(torch.rand(2, 3, 64, 64), ["a red circle", "a blue star"])
+    assert {"shapes-clip", "shapes-preference", "scaled-clip", "scaled-preference"} <= set(score.parts)
+    torch.testing.assert_close(score.value, torch.minimum(score.parts["scaled-clip"], score.parts["scaled-preference"]))
+
+
+def test_the_example_of_the_guide_to_scoring_runs(tmp_path, monkeypatch, capsys):
+    (code,) = blocks("docs/guide/score.md", "python")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    space = {}
+    exec(compile(code, "score.md", "exec"), space)
+    assert space["result"].rows == 1
+    assert (tmp_path / "runs/sizes.csv").is_file()
+
+
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """Loads the example of CONTRIBUTING.md whose first line names that file, by the door of `--plugin`."""
