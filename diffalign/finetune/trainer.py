@@ -175,6 +175,9 @@ class Trainer:
         row["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.lr_scheduler.step()
+        means = {name.removeprefix("reward/"): v for name, v in row.items() if name.startswith("reward/")}
+        for reward in self._rewards():
+            reward.observe(means)
         self.step += 1
         ledger.seconds = time.perf_counter() - started
         ledger.peak_memory_bytes = peak_memory(self.policy.device)
@@ -215,6 +218,10 @@ class Trainer:
         valid = row.pop("reward_valid", 1.0) or math.nan
         return {name: v / valid if name.startswith("reward") else v for name, v in row.items()}
 
+    def _rewards(self) -> list[Reward]:
+        """The reward and all that it is made of, each once."""
+        return list({id(reward): reward for reward in self.reward.walk()}.values())
+
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to be bit-equal: randomness is addressed by step and needs no state."""
         return {
@@ -222,6 +229,7 @@ class Trainer:
             "adapter": {name: p.detach() for name, p in self.policy.trainable().items()},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
+            "rewards": [reward.state_dict() for reward in self._rewards()],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -238,4 +246,6 @@ class Trainer:
                 p.copy_(state["adapter"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for reward, its in zip(self._rewards(), state["rewards"], strict=True):
+            reward.load_state_dict(its)
         self.step = state["step"]

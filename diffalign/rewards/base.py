@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -83,6 +83,20 @@ class Reward:
     def to(self, device: torch.device | str) -> Self:
         """Moves the scorer's weights; rewards without weights score where the images are."""
         return self
+
+    def walk(self) -> Iterator[Reward]:
+        """The reward itself and, of a combination, every one inside it at any depth."""
+        yield self
+
+    def observe(self, means: Mapping[str, float]) -> None:
+        """Told once a training step each reward's mean over the samples of all processes; for rewards that adapt."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a reward that adapts has become, in plain numbers, for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
         """Scores images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1], for their prompts.

@@ -80,7 +80,7 @@ class Combination(Reward):
         """The combination itself and every reward inside it, at any depth."""
         yield self
         for member in self.members:
-            yield from member.walk() if isinstance(member, Combination) else (member,)
+            yield from member.walk()
 
     def to(self, device: torch.device | str) -> Self:
         """Moves every member."""

@@ -16,7 +16,7 @@ from diffalign.rewards.combination import Combination, Rows
 class Lagrangian(Combination):
     """r_0 + sum_k lambda_k (r_k - c_k): maximise r_0 while E r_k >= c_k, with lambda_k >= 0 by dual descent.
 
-    `update`, once a step: lambda_k <- max(0, lambda_k - eta (mean r_k - c_k)). A constraint that is broken weighs more
+    `update`, which a `Trainer` calls once a step: lambda_k <- max(0, lambda_k - eta (mean r_k - c_k)). A constraint that is broken weighs more
     from step to step, one that is met less, down to nothing. To hold a reward below a bound, constrain its negative:
     ``(-a, -bound)``. Composite rewards under such constraints: Moskovitz et al. (2023), arXiv:2310.04373; one
     cost: Safe RLHF, Dai et al. (2023), arXiv:2310.12773. Departures from Safe RLHF: the step is on lambda and
@@ -72,6 +72,10 @@ class Lagrangian(Combination):
             if len(values):
                 slack = float(values.mean()) - threshold
                 self.multipliers[name] = max(0.0, self.multipliers[name] - self.rate * slack)
+
+    def observe(self, means: Mapping[str, float]) -> None:
+        """One dual step, which a trainer asks for after each of its own."""
+        self.update(means)
 
     def state_dict(self) -> dict[str, Any]:
         """The multipliers, as plain numbers."""

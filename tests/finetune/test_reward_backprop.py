@@ -10,7 +10,7 @@ from diffalign.finetune import RewardBackprop
 from diffalign.finetune.trainer import StepFailed
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
-from diffalign.rewards import as_reward
+from diffalign.rewards import Lagrangian, as_reward
 from diffalign.rollout import differentiable_rollout
 
 PROMPTS = ["a red circle", "a blue cube", "a green star", "a red circle"]
@@ -242,6 +242,31 @@ def test_resumed_training_equals_uninterrupted_training():
         assert {k: v for k, v in ours.items() if k not in clocks} == {
             k: v for k, v in theirs.items() if k not in clocks
         }
+
+
+def test_a_reward_that_adapts_is_told_its_means_and_resumed():
+    def build():
+        red = as_reward(lambda images, prompts, metadata: images[:, 0].mean((1, 2)), name="red")
+        blue = as_reward(lambda images, prompts, metadata: images[:, 2].mean((1, 2)), name="blue")
+        return Lagrangian(red, [(blue, 0.9)], rate=0.5, name="bounded")
+
+    whole = trainer(reward=1.0 * build())
+    rows = whole.train(PROMPTS, steps=3).rows
+    multiplier = 0.0
+    for row in rows:
+        multiplier = max(0.0, multiplier - 0.5 * (row["reward/blue"] - 0.9))
+    assert multiplier > 0
+    (bounded,) = (reward for reward in whole.reward.walk() if isinstance(reward, Lagrangian))
+    assert bounded.multipliers["blue"] == pytest.approx(multiplier)
+    assert rows[1]["reward/bounded"] != pytest.approx(rows[1]["reward/red"])
+
+    first = trainer(reward=1.0 * build())
+    first.train(PROMPTS, steps=2)
+    second = trainer(reward=1.0 * build())
+    second.load_state_dict(first.state_dict())
+    resumed = second.train(PROMPTS, steps=1).rows
+    assert resumed[0]["reward"] == rows[2]["reward"]
+    assert all(torch.equal(p, q) for p, q in zip(second.parameters, whole.parameters, strict=True))
 
 
 def test_learning_rate_schedule_is_followed():
