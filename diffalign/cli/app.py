@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+
+class TwoWords(TyperGroup):
+    """Finds commands of two words: `score bench` beside `score PATH`."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        """The command of the first two words where they are one, else of the first."""
+        first_two = " ".join(args[:2])
+        return super().resolve_command(ctx, [first_two, *args[2:]] if first_two in self.commands else args)
+
 
 app = typer.Typer(
     name="diffalign",
+    cls=TwoWords,
     help="Make image generators prefer what you reward.",
     no_args_is_help=True,
     add_completion=False,
@@ -134,6 +146,8 @@ def score(
     """Score images and videos with any rewards; the same command goes on where it was stopped.
 
     Example: [bold]diffalign score samples --reward shapes-clip --reward shapes-preference --out scores.csv[/bold]
+
+    With the word bench first it is another command (diffalign score bench --help); a folder of that name is ./bench.
     """
     from diffalign.cli import score as command
 
@@ -151,6 +165,29 @@ def score(
     )
 
 
+@app.command("score bench")
+def score_bench(
+    dataset: Annotated[str, typer.Argument(metavar="SET", help="imagereward, hpdv2, pickapic, hpdv3 or videogen")],
+    folder: Annotated[Path, typer.Argument(help="your copy of it, laid out as published; nothing is downloaded")],
+    reward: Annotated[
+        list[str], typer.Option(help="a reward's name (diffalign ls rewards) or recipe file; repeatable")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="the folder that the set's paths start from, where it is not the published one")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="a .json or .csv file")] = Path("bench.json"),
+    batch_size: Annotated[str, typer.Option(metavar="auto|N", help="items at once")] = "auto",
+    cache: Annotated[Path | None, typer.Option(help="folder with the scores of other runs, to use and add to")] = None,
+) -> None:
+    """Say how often rewards agree with people on a published preference set; goes on where it was stopped.
+
+    Example: [bold]diffalign score bench hpdv2 data/HPDv2 --reward hpsv2.1 --reward pickscore[/bold]
+    """
+    from diffalign.cli import score_bench as command
+
+    command.run(dataset, folder, rewards=reward, images=images, out=out, batch_size=batch_size, cache=cache)
+
+
 @app.command("ls")
 def list_(kind: Annotated[Kind | None, typer.Argument(help="default: everything")] = None) -> None:
     """List what ships: recipes, rewards, methods, policies, prompts.
@@ -164,15 +201,22 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="default: everything"
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="any name that ls lists, or schema for the JSON Schema of recipes")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[KIND] NAME",
+            help="any name that ls lists, or schema for the JSON Schema of recipes; before it recipe, reward, method, "
+            "policy or prompts, to see that kind only",
+        ),
+    ],
 ) -> None:
     """Print a recipe, a reward's card, the settings of a method, or prompts.
 
-    Example: [bold]diffalign show reward_backprop[/bold]
+    Example: [bold]diffalign show reward pickscore[/bold]
     """
     from diffalign.cli import catalogue
 
-    catalogue.print_named(name)
+    catalogue.print_named(words)
 
 
 @app.command()

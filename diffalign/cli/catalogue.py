@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import yaml
@@ -71,7 +72,9 @@ def print_listing(kinds: Sequence[str]) -> None:
     console = Console()
     for kind in kinds:
         rows, columns = KINDS[kind]
-        table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for place, column in enumerate(columns):
+            table.add_column(column, no_wrap=place == 0)  # a name that is cut off cannot be typed
         for row in rows():
             table.add_row(*row)
         console.print(table)
@@ -79,15 +82,21 @@ def print_listing(kinds: Sequence[str]) -> None:
             console.print()
 
 
-def print_named(name: str) -> None:
-    """Prints what answers to a name; RecipeError when nothing does."""
-    if name == "schema":
+def print_named(words: Sequence[str]) -> None:
+    """Prints what answers to a name, or to a kind and a name; RecipeError when nothing does."""
+    *kind, name = words
+    if len(kind) > 1 or not set(kind) <= set(CARDS):
+        raise RecipeError("show", [Problem(" ".join(words), f"is not a name, or a name after {', '.join(CARDS)}")])
+    if name == "schema" and not kind:
         print(json.dumps(json_schema(), indent=2))
         return
-    cards = [card for card in (show(name) for show in (_recipe, _method, _reward, _policy, _prompts)) if card]
+    kinds = kind or list(CARDS)
+    cards = [card for card in (CARDS[each][1](name) for each in kinds) if card]
     if not cards:
-        known = ["schema", *(row[0] for rows, _ in KINDS.values() for row in rows())]
-        raise RecipeError("show", [Problem(name, f"is nothing that ships: {suggest(name, known)}")])
+        known = [row[0] for each in kinds for row in KINDS[CARDS[each][0]][0]()]
+        what = f"no {kind[0]}" if kind else "nothing"
+        hint = suggest(name, known if kind else ["schema", *known])
+        raise RecipeError("show", [Problem(name, f"is {what} that ships: {hint}")])
     print("\n\n".join(card.rstrip() for card in cards))
 
 
@@ -97,8 +106,14 @@ def _recipe(name: str) -> str | None:
 
 
 def _reward(name: str) -> str | None:
+    """The whole recipe: what it scores, in which units, paper, licence, needs and size."""
+    if name not in reward_names():
+        return None
     file = data_root("rewards") / f"{name}.yaml"
-    return file.read_text(encoding="utf-8") if name in reward_names() and file.is_file() else None
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    places = [entry.value for entry in entry_points(group="diffalign.rewards") if entry.name.casefold() == name]
+    return f"name: {name}\n# No card: a reward in code{', ' + places[0] if places else ''}."
 
 
 def _method(name: str) -> str | None:
@@ -120,14 +135,22 @@ def _policy(name: str) -> str | None:
 
 
 def _prompts(name: str) -> str | None:
-    if not name.startswith("prompts:"):
-        return None
+    stem = name.removeprefix("prompts:")
     for row in prompts():
-        if row[0] == name:
-            file = next((data_root() / "prompts").glob(f"{name.removeprefix('prompts:')}.*"))
+        if row[0] == f"prompts:{stem}":
+            file = next((data_root() / "prompts").glob(f"{stem}.*"))
             head = file.read_text(encoding="utf-8").splitlines()[:10]
             return "\n".join([f"# {row[1]} prompts; the first ten", *head])
     return None
+
+
+CARDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
+    "recipe": ("recipes", _recipe),
+    "reward": ("rewards", _reward),
+    "method": ("methods", _method),
+    "policy": ("policies", _policy),
+    "prompts": ("prompts", _prompts),
+}
 
 
 def copy_recipe(name: str, destination: Path) -> Path:

@@ -36,7 +36,7 @@ def run(
         "out": out,
         "prompts": prompts,
         "prompt_column": prompt_column,
-        "batch_size": _batch_size(batch_size),
+        "batch_size": batch_size_of(batch_size),
         "keep": keep,
         "per": per,
         "shard": _shard(shard),
@@ -56,7 +56,8 @@ def run(
             sys.exit(FAILED)
 
 
-def _batch_size(text: str) -> int | None:
+def batch_size_of(text: str) -> int | None:
+    """The number of `--batch-size`, None for auto."""
     if text == "auto":
         return None
     if not text.isdecimal():

@@ -1,6 +1,7 @@
 """Scorers of images: `load` one by name, make one of any function, add and scale them."""
 
 # These register the types of recipes.
+import diffalign.rewards.pal.recipes
 import diffalign.rewards.recipe_combinations
 import diffalign.rewards.recipe_types
 import diffalign.rewards.vlm.recipes  # noqa: F401

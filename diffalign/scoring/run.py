@@ -116,7 +116,7 @@ def _run(request: Request, progress: bool) -> Result:
     items = read_inputs(request)
     if request.per is not None:
         _check_column(request.per, items)
-    loaded = _load(request, state.device)
+    loaded = load_rewards(request, state.device)
     fingerprints = {reward.name: fingerprint(reward, source) for reward, source in loaded}
     with state.main_process_first():
         parts = Parts(folder, items, fingerprints)
@@ -126,7 +126,7 @@ def _run(request: Request, progress: bool) -> Result:
     members = [reward for reward, _ in loaded]
     scorer = Scorer(members, fingerprints, cache, request.batch_size, state.device)
     try:
-        _score_parts(scorer, parts, items, range(mine, len(parts.chunks), of), progress and state.is_main_process)
+        score_parts(scorer, parts, items, range(mine, len(parts.chunks), of), progress and state.is_main_process)
     finally:
         cache.close()
     state.wait_for_everyone()
@@ -138,7 +138,7 @@ def _run(request: Request, progress: bool) -> Result:
     return result
 
 
-def _load(request: Request, device: Any) -> list[tuple[Reward, str | Path | None]]:
+def load_rewards(request: Request, device: Any) -> list[tuple[Reward, str | Path | None]]:
     """The rewards, each with what it was loaded by."""
     found: dict[str, tuple[Reward, str | Path | None]] = {}
     for asked in request.rewards:
@@ -161,7 +161,7 @@ def _check_column(name: str, items: Sequence[Item]) -> None:
         raise ValueError(f"per = {name}: there is no such column; the inputs have {', '.join(columns[:50])}.")
 
 
-def _score_parts(scorer: Scorer, parts: Parts, items: Sequence[Item], share: range, show: bool) -> None:
+def score_parts(scorer: Scorer, parts: Parts, items: Sequence[Item], share: range, show: bool) -> None:
     """Scores what is not done of a share of the parts, one after the other."""
     todo = [chunk for chunk in share if not parts.done(chunk)]
     ahead = ((index, items[index]) for chunk in todo for index in parts.chunks[chunk])

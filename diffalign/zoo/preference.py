@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 from transformers import CLIPModel
 
+from diffalign.rewards.preference import bradley_terry
 from diffalign.zoo import clip, evaluate, training
 from diffalign.zoo import vae as autoencoder
 from diffalign.zoo.oracle import judge
@@ -112,8 +112,9 @@ def train(folder: Path, vae: AutoencoderKL, denoisers: Sequence[DiffusionPipelin
         images = pool.images[rows[:, None], columns].float().flatten(0, 1) / 255
         vision, text = clip.embed(model, roughen(images, batch.generator), pool.ids[rows])
         scores = model.logit_scale.exp() * (vision.view(PAIRS, 2, -1) * text[:, None]).sum(-1)
-        margin = (scores[:, 0] - scores[:, 1]) * torch.where(first, 1.0, -1.0)
-        return {"loss": -F.logsigmoid(margin).mean(), "agreement": (margin > 0).float().mean()}
+        margin, outcome = scores[:, 0] - scores[:, 1], torch.where(first, 1.0, -1.0)
+        loss = -bradley_terry(margin, outcome).mean()
+        return {"loss": loss, "agreement": (margin * outcome > 0).float().mean()}
 
     spent = training.train(model, loss, CHOICES, folder, seed=BASE.seed, checkpoint_every=200)
     return model, seconds + spent

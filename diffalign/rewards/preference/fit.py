@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.rewards.encoders import DualEncoder
 from diffalign.rewards.preference.head import Likelihood, PreferenceHead
@@ -135,23 +135,68 @@ def fit_preference(
     if ties and likelihood != "rao-kupper":
         raise ValueError(f"{ties} of the pairs are ties, and {likelihood} knows none: take rao-kupper, or drop them.")
     head = PreferenceHead(pairs.first.shape[1], hidden, likelihood, seed=seed)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    order = torch.Generator().manual_seed(seed)
-    best, best_epoch, best_state = float("inf"), 0, copy.deepcopy(head.state_dict())
-    for epoch in range(1, epochs + 1):
-        for rows in torch.randperm(len(pairs), generator=order).split(batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            _loss(head, pairs, rows).backward()
-            optimizer.step()
-        with torch.no_grad():
-            loss = float(_loss(head, validation))
-        if loss < best:
-            best, best_epoch, best_state = loss, epoch, copy.deepcopy(head.state_dict())
-        elif epoch - best_epoch >= patience:
-            break
-    head.load_state_dict(best_state)
+    best_epoch = descend(
+        head,
+        lambda rows: _loss(head, pairs, rows),
+        len(pairs),
+        lambda: _loss(head, validation),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        epochs=epochs,
+        patience=patience,
+        seed=seed,
+    )
     head.eval().requires_grad_(False)
     return Fitted(head, best_epoch, measure(head, validation), measure(head, pairs))
+
+
+def descend(
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    held_out: Callable[[], Tensor],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    epochs: int,
+    patience: int,
+    seed: int,
+) -> int:
+    """Minimises a loss by AdamW, stops on held-out data, and leaves the weights of the best epoch in the model.
+
+    Args:
+        model: whose parameters are learned.
+        loss: mean over the rows of these indices (M,).
+        count: of the rows.
+        held_out: loss on data that are not learned from.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        batch_size: rows a step.
+        epochs: at most.
+        patience: epochs without a lower held-out loss after which it stops.
+        seed: of the order of the rows.
+
+    Returns:
+        The best epoch.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    order = torch.Generator().manual_seed(seed)
+    best, best_epoch, best_state = float("inf"), 0, copy.deepcopy(model.state_dict())
+    for epoch in range(1, epochs + 1):
+        for rows in torch.randperm(count, generator=order).split(batch_size):
+            optimizer.zero_grad(set_to_none=True)
+            loss(rows).backward()
+            optimizer.step()
+        with torch.no_grad():
+            found = float(held_out())
+        if found < best:
+            best, best_epoch, best_state = found, epoch, copy.deepcopy(model.state_dict())
+        elif epoch - best_epoch >= patience:
+            break
+    model.load_state_dict(best_state)
+    return best_epoch
 
 
 def _loss(head: PreferenceHead, pairs: Pairs, rows: Tensor | slice = slice(None)) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,9 +9,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from diffalign.rewards.base import Metadata, Score
 from diffalign.rewards.clip import EncoderReward
-from diffalign.rewards.encoders import DualEncoder, shared_features
+from diffalign.rewards.encoders import DualEncoder
 from diffalign.rewards.preference.fit import Fitted
 from diffalign.rewards.preference.head import PreferenceHead
 from diffalign.rewards.weights import find_weights
@@ -42,6 +39,7 @@ class PreferenceReward(EncoderReward):
         super().__init__(path, name=name or (file.stem if file else "preference"), **how)
         self.head = (PreferenceHead.read(file) if file else head).eval().requires_grad_(False)
         self.token_limit = self.encoder.token_limit
+        self.states_sigma = self.head.likelihood == "gaussian"
         if self.head.width != self.encoder.image_width:
             raise ValueError(
                 f"{file or 'the head'} reads embeddings of {self.head.width} numbers, and {self.encoder.label} makes "
@@ -54,26 +52,13 @@ class PreferenceReward(EncoderReward):
         self.head.to(device)
         return super().to(device)
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
-        """Scores as any reward; with ``sigma`` (B,), NaN where a score failed, where the head states one."""
-        if self.head.likelihood != "gaussian":
-            return super().__call__(images, prompts, metadata)
-        prompts = list(prompts)
-        with shared_features():  # so that the spread costs no second pass through the encoder
-            score = super().__call__(images, prompts, metadata)
-            sigma = torch.full_like(score.value, torch.nan, requires_grad=False)
-            if score.valid.any():
-                kept = images if score.valid.all() else images[score.valid.to(images.device)]
-                chosen = [prompt for prompt, valid in zip(prompts, score.valid.tolist(), strict=True) if valid]
-                _, log_variance = self._rewards(kept, chosen)
-                sigma[score.valid] = (log_variance.detach() / 2).exp().to(sigma)
-        return replace(score, sigma=sigma)
-
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Rewards (B,) in nats."""
-        return self._rewards(images, prompts)[0]
+        """Rewards (B,) in nats; (B, 2), beside their standard deviations, where the head states them."""
+        reward, log_variance = self.outputs(images, prompts)
+        return reward if log_variance is None else torch.stack([reward, (log_variance / 2).exp()], dim=1)
 
-    def _rewards(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def outputs(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
+        """The head's rewards (B,), and log-variances (B,) or None."""
         return self.head(self.encoder.image_features(images), self.encoder.text_features(prompts))
 
 

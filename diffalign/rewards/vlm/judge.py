@@ -1,13 +1,14 @@
 """What a vision-language model is asked, and what it answers: the log-probability of each word that it may answer with.
 
 How the answer becomes a score is the reward's business (`YesLogit`, `Rating`, `PairwiseJudge`); where the model runs is
-the judge's (`LocalVLM`, `JudgeServer`). So every reward works with every judge.
+the judge's (`LocalVLM`, `JudgeServer`). So every reward works with every judge. Judges that were trained to write their
+scores into a text answer in one (`WrittenRating`, `WrittenPairs`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ class Question:
 
     Attributes:
         images: each (3, H, W) in [0, 1]; sizes may differ.
-        text: the question, which asks for one of a few words.
+        text: the question, which asks for one of a few words, or for a text of a known form.
     """
 
     images: tuple[Tensor, ...]
@@ -46,8 +47,25 @@ class Answers:
     reasons: dict[int, str] = field(default_factory=dict)
 
 
+class AnswerError(ValueError):
+    """An answer that holds no score; the message says why."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What was read from the texts that answer Q questions.
+
+    Attributes:
+        numbers: the numbers in each text, None where the question failed or the text could not be read.
+        reasons: index of a failed question -> why.
+    """
+
+    numbers: list[tuple[float, ...] | None]
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
 class Judge:
-    """A vision-language model that answers questions about images. Subclasses write ``log_probs``.
+    """A vision-language model that answers questions about images. Subclasses write ``log_probs``, and ``write``.
 
     Attributes:
         name: of the model.
@@ -75,6 +93,27 @@ class Judge:
         reasons = {i: answer.reasons[0] for i, answer in enumerate(single) if answer.reasons}
         device = next((answer.log_probs.device for answer in single if not answer.reasons), "cpu")
         return Answers(torch.cat([answer.log_probs.to(device) for answer in single]), reasons)
+
+    def write(self, question: Question, max_tokens: int) -> str:
+        """The text of the most likely answer; AnswerError where ``max_tokens`` did not suffice for it."""
+        raise NotImplementedError
+
+    def readings(
+        self, questions: Sequence[Question], parse: Callable[[str], tuple[float, ...]], max_tokens: int
+    ) -> Readings:
+        """Has a text written for each question, and reads it by ``parse``, which raises where it cannot.
+
+        A question that fails costs its own answer only.
+        """
+        numbers: list[tuple[float, ...] | None] = []
+        reasons = {}
+        for index, question in enumerate(questions):
+            try:
+                numbers.append(parse(self.write(question, max_tokens)))
+            except Exception as error:
+                numbers.append(None)
+                reasons[index] = ("" if isinstance(error, AnswerError) else f"{type(error).__name__}: ") + str(error)
+        return Readings(numbers, reasons)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights; a server has none here."""

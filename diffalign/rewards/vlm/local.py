@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffalign._compat import ensure_torchvision
 from diffalign.media import to_pil
-from diffalign.rewards.vlm.judge import Judge, Question
+from diffalign.rewards.vlm.judge import AnswerError, Judge, Question
 from diffalign.rewards.vlm.qwen_patches import QwenPatches
 
 
@@ -77,6 +78,26 @@ class LocalVLM(Judge):
             log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=1)
             rows.append(torch.stack([log_p[:, ids].logsumexp(dim=1) for ids in tokens], dim=1))
         return torch.cat(rows)
+
+    def write(self, question: Question, max_tokens: int) -> str:
+        """The greedy answer, by ``generate`` with the checkpoint's own settings but for sampling.
+
+        One question at a time: rows of unlike lengths would need padding in front of them, and their answers would
+        depend on each other.
+
+        Raises:
+            AnswerError: it is not at its end after ``max_tokens``.
+        """
+        inputs = {key: value.to(self.model.device) for key, value in self._inputs([question]).items()}
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.update(do_sample=False, temperature=None, top_p=None, top_k=None, max_new_tokens=max_tokens)
+        with torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+            tokens = self.model.generate(**inputs, generation_config=settings)[0, inputs["input_ids"].shape[1] :]
+        text = self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        last = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        if len(tokens) >= max_tokens and tokens[-1].item() not in last:
+            raise AnswerError(f"the answer {text[:80]!r} is not at its end after {max_tokens} tokens")
+        return text
 
     def _word_tokens(self, word: str) -> list[int]:
         """Ids of the tokens that are this word in any case, with or without white space around it."""

@@ -58,10 +58,9 @@ class PairwiseJudge(Reward):
 
     def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
         """Not one by one after a failure, as for other rewards: an image alone has no pair."""
-        pairs = _ordered_pairs(prompts)
-        questions = [
-            Question((images[i], images[j]), filled(self.question, prompts[i], self.principle)) for i, j in pairs
-        ]
+        groups = self._groups(images, prompts)
+        pairs = _ordered_pairs(groups)
+        questions = [self._ask(pair, images, prompts, metadata) for pair in pairs]
         first, lost = {}, {}
         if questions:
             answers = self.judge.answers(questions, ("1", "2"))
@@ -74,19 +73,31 @@ class PairwiseJudge(Reward):
             if wins:
                 rates[i] = math.fsum(wins) / len(wins)
             else:
-                reasons[i] = _no_pair(i, prompts, lost)
+                alone = groups.count(groups[i]) == 1
+                reasons[i] = self._alone(prompts[i]) if alone else _no_pair(i, lost)
         return rates, reasons
 
+    def _groups(self, images: Tensor, prompts: list[str]) -> list[Any]:
+        """What two samples have in common that are compared."""
+        return list(prompts)
 
-def _ordered_pairs(prompts: Sequence[str]) -> list[tuple[int, int]]:
-    groups = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        groups[prompt].append(index)
-    return [pair for members in groups.values() for pair in permutations(members, 2)]
+    def _ask(
+        self, pair: tuple[int, int], images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Question:
+        i, j = pair
+        return Question((images[i], images[j]), filled(self.question, prompts[i], self.principle))
+
+    def _alone(self, prompt: str) -> str:
+        return f"it is the only image of the prompt {prompt[:80]!r}, and a pairwise judge needs two"
 
 
-def _no_pair(index: int, prompts: Sequence[str], lost: dict[tuple[int, int], str]) -> str:
-    if prompts.count(prompts[index]) == 1:
-        return f"it is the only image of the prompt {prompts[index][:80]!r}, and a pairwise judge needs two"
+def _ordered_pairs(groups: Sequence[Any]) -> list[tuple[int, int]]:
+    members = defaultdict(list)
+    for index, group in enumerate(groups):
+        members[group].append(index)
+    return [pair for group in members.values() for pair in permutations(group, 2)]
+
+
+def _no_pair(index: int, lost: dict[tuple[int, int], str]) -> str:
     told = [reason for pair, reason in lost.items() if index in pair] or ["the answers are not numbers"]
     return f"no pair could be judged; the first: {told[0]}"

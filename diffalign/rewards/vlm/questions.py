@@ -25,23 +25,24 @@ PAIRWISE = (
 """Our own question for `PairwiseJudge`."""
 
 
-def check_template(question: str) -> None:
-    """ValueError where a template has another field than ``{prompt}``."""
+def check_template(question: str, known: tuple[str, ...] = ("prompt",)) -> None:
+    """ValueError where a template has another field than those."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(question) if name is not None}
     except ValueError as error:
         raise ValueError(f"question {question!r} is no template: {error}; double the braces that are text.") from None
-    if fields - {"prompt"}:
+    if unknown := sorted(fields - set(known)):
+        only = "is the only one" if len(known) == 1 else "are the only ones"
         raise ValueError(
-            f"question {question!r} has the field {sorted(fields - {'prompt'})[0]!r}: {{prompt}} is the only one."
+            f"question {question!r} has the field {unknown[0]!r}: {', '.join(f'{{{name}}}' for name in known)} {only}."
         )
 
 
-def filled(question: str, prompt: str, principle: str | None = None) -> str:
-    """The text of a question about an image of ``prompt``.
+def filled(question: str, prompt: str, principle: str | None = None, **more: str) -> str:
+    """The text of a question about an image of ``prompt``; ``more`` are the other fields of its template.
 
     A principle, the standard to judge by, is an argument of the question as in RewardAnything (Yu et al., 2025,
     arXiv:2506.03637), which judges text; the words around it are ours.
     """
-    text = question.format(prompt=prompt)
+    text = question.format(prompt=prompt, **more)
     return text if principle is None else f"Judge by this principle alone: {principle.strip()}\n\n{text}"

@@ -107,6 +107,58 @@ class PairwiseRecipe(VLMRecipe):
         return PairwiseJudge(self.judge(folder), **self.asked())
 
 
+class WrittenRecipe(VLMRecipe):
+    """A judge that writes a text of a known form."""
+
+    axis: str = Field("mean", description="mean, or alignment, coherence or style of the forms that have them")
+    max_tokens: PositiveInt = Field(1024, description="of an answer; one that is longer has failed")
+
+
+@REWARD_TYPES.register("unified_reward")
+class UnifiedRewardRecipe(WrittenRecipe):
+    """UnifiedReward's rating of an image."""
+
+    form: Literal["axes", "final-score"] = Field("axes", description="axes: version 2.0; final-score: 1.0")
+
+    def build(self, folder: Path) -> Reward:
+        """A `WrittenRating`."""
+        from diffalign.rewards.vlm.unified_reward import RATINGS
+        from diffalign.rewards.vlm.written import WrittenRating
+
+        how = {"axis": self.axis, "max_tokens": self.max_tokens}
+        return WrittenRating(self.judge(folder), RATINGS[self.form], **how, **self.asked())
+
+
+@REWARD_TYPES.register("unified_reward_pairs")
+class UnifiedRewardPairsRecipe(WrittenRecipe):
+    """Win rate among the images of a prompt, as UnifiedReward compares them."""
+
+    form: Literal["axes", "verdict"] = Field("axes", description="axes: version 2.0; verdict: 1.0")
+
+    def build(self, folder: Path) -> Reward:
+        """A `PairwiseJudge` of a `WrittenPairs`."""
+        from diffalign.rewards.vlm.pairwise import PairwiseJudge
+        from diffalign.rewards.vlm.unified_reward import PAIRS
+        from diffalign.rewards.vlm.written import WrittenPairs
+
+        form = PAIRS[self.form]
+        judge = WrittenPairs(self.judge(folder), form, axis=self.axis, max_tokens=self.max_tokens)
+        return PairwiseJudge(judge, **{"question": form.question} | self.asked())
+
+
+@REWARD_TYPES.register("answer_pairs")
+class AnswerPairsRecipe(VLMRecipe):
+    """Win rate among the text answers to one question about one image, in R1-Reward's form."""
+
+    max_tokens: PositiveInt = Field(4096, description="of the judge's text; one that is longer has failed")
+
+    def build(self, folder: Path) -> Reward:
+        """An `AnswerPairs`."""
+        from diffalign.rewards.vlm.answer_pairs import AnswerPairs
+
+        return AnswerPairs(self.judge(folder), max_tokens=self.max_tokens, **self.asked())
+
+
 @REWARD_TYPES.register("goal_baseline")
 class GoalBaselineRecipe(EncoderRecipe):
     """VLM-RM with goal-baseline regularisation."""

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffalign.media import to_pil
 from diffalign.rewards.vlm.cache import AnswerCache, digest, pixel_digest
-from diffalign.rewards.vlm.judge import Answers, Judge, Question
+from diffalign.rewards.vlm.judge import AnswerError, Answers, Judge, Question, Readings
 
 _TOP = 20  # the most that the interface allows
 _TEXT_TOKENS = 8  # for a word behind a line break or a mark
@@ -94,27 +94,47 @@ class JudgeServer(Judge):
 
     def answers(self, questions: Sequence[Question], words: Sequence[str]) -> Answers:
         """Asks ``concurrency`` questions at a time; see `Answers`."""
-        lost = threading.Event()
-        executor = ThreadPoolExecutor(self.concurrency)
-        try:
-            told = list(executor.map(lambda question: self._answer(question, words, lost), questions))
-        finally:
-            executor.shutdown(cancel_futures=True)  # Ctrl-C waits for the requests under way and sends no other
+        told = self._ask_all(questions, self.settings, lambda answer: self._read(answer, words))
         rows = [row if isinstance(row, list) else [math.nan] * len(words) for row in told]
         return Answers(torch.tensor(rows), {i: row for i, row in enumerate(told) if isinstance(row, str)})
 
-    def _answer(self, question: Question, words: Sequence[str], lost: threading.Event) -> list[float] | str:
-        """Log-probability of each word, or the reason why there are none."""
+    def readings(
+        self, questions: Sequence[Question], parse: Callable[[str], tuple[float, ...]], max_tokens: int
+    ) -> Readings:
+        """Asks ``concurrency`` questions at a time for a text, however ``read`` is set; see `Readings`."""
+        settings = {"temperature": 0.0, "max_tokens": max_tokens}
+        told = self._ask_all(questions, settings, lambda answer: list(parse(_whole(answer, max_tokens))))
+        numbers = [tuple(row) if isinstance(row, list) else None for row in told]
+        return Readings(numbers, {i: row for i, row in enumerate(told) if isinstance(row, str)})
+
+    def _ask_all(
+        self, questions: Sequence[Question], settings: dict[str, Any], read: Callable[[Mapping[str, Any]], list[float]]
+    ) -> list[list[float] | str]:
+        """What `read` makes of each answer, or the reason why there is nothing."""
+        lost = threading.Event()
+        executor = ThreadPoolExecutor(self.concurrency)
         try:
-            key = self._cache_key(question)
+            return list(executor.map(lambda question: self._answer(question, settings, read, lost), questions))
+        finally:
+            executor.shutdown(cancel_futures=True)  # Ctrl-C waits for the requests under way and sends no other
+
+    def _answer(
+        self,
+        question: Question,
+        settings: dict[str, Any],
+        read: Callable[[Mapping[str, Any]], list[float]],
+        lost: threading.Event,
+    ) -> list[float] | str:
+        try:
+            key = self._cache_key(question, settings)
             kept = self.cache.get(key) if self.cache is not None else None
             if kept is not None:
                 with contextlib.suppress(Exception):  # of another version, or damaged: asked again
-                    return self._read(kept, words)
+                    return read(kept)
             if lost.is_set():
                 return f"not asked, because the server at {self.base_url} cannot be reached"
-            answer = self._ask(question)
-            row = self._read(answer, words)
+            answer = self._ask(question, settings)
+            row = read(answer)
             if self.cache is not None:
                 self.cache.put(key, answer)
             return row
@@ -130,28 +150,28 @@ class JudgeServer(Judge):
             return listed_log_probs(answer["top"], words)
         return spoken_log_probs(answer["text"], words)
 
-    def _cache_key(self, question: Question) -> str:
+    def _cache_key(self, question: Question, settings: dict[str, Any]) -> str:
         return digest(
             {
                 "model": self.model,
                 "messages": [{"images": [pixel_digest(image) for image in question.images], "text": question.text}],
-                "settings": self.settings | {"extra_body": self.extra_body},
+                "settings": settings | {"extra_body": self.extra_body},
             }
         )
 
-    def _ask(self, question: Question) -> dict[str, Any]:
-        """What is kept: the text of the answer, and the alternatives of its first token as (token, log-probability)."""
+    def _ask(self, question: Question, settings: dict[str, Any]) -> dict[str, Any]:
+        """What is kept: the text, whether it was cut off, and (token, log-probability) of the first token's rivals."""
         content: list[dict] = [{"type": "image_url", "image_url": {"url": png_url(image)}} for image in question.images]
         content.append({"type": "text", "text": question.text})
         reply = self._client.chat.completions.create(
             model=self.model,
             messages=[{"role": "user", "content": content}],
             extra_body=self.extra_body or None,
-            **self.settings,
+            **settings,
         )
         choice = _first_choice(reply)
-        answer = {"text": choice.message.content or ""}
-        if self.gives_probabilities:
+        answer = {"text": choice.message.content or "", "cut": choice.finish_reason == "length"}
+        if settings.get("logprobs"):
             tokens = choice.logprobs.content if choice.logprobs is not None else None
             if not tokens or not tokens[0].top_logprobs:
                 raise AnswerError("the server gave no log-probabilities: read its answers as text.")
@@ -161,10 +181,6 @@ class JudgeServer(Judge):
     def _clean(self, error: Exception) -> str:
         """What went wrong, without the key, which some servers repeat, and without a page of it."""
         return str(error).replace(self._client.api_key, "***")[:500]
-
-
-class AnswerError(ValueError):
-    """A server's answer that holds no score; the message says why."""
 
 
 def png_url(image: Tensor) -> str:
@@ -202,6 +218,13 @@ def spoken_log_probs(text: str, words: Sequence[str]) -> list[float]:
     if said not in [word.casefold() for word in words]:
         raise AnswerError(f"the answer {text[:80]!r} begins with none of {', '.join(words)}")
     return [0.0 if word.casefold() == said else -math.inf for word in words]
+
+
+def _whole(answer: Mapping[str, Any], max_tokens: int) -> str:
+    """The text of an answer that came to its end."""
+    if answer["cut"]:
+        raise AnswerError(f"the answer {answer['text'][:80]!r} is not at its end after {max_tokens} tokens")
+    return answer["text"]
 
 
 def _first_choice(reply: Any) -> Any:

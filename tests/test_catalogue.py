@@ -1,0 +1,67 @@
+"""`diffalign ls` and `show`: cards whole, by kind and name, in a terminal of a hundred columns."""
+
+import pytest
+
+from diffalign.cli import catalogue
+from diffalign.recipe_problems import RecipeError
+from diffalign.recipe_references import reward_names
+from diffalign.registry import data_root
+
+
+def shown(capsys, *words):
+    catalogue.print_named(words)
+    return capsys.readouterr().out
+
+
+def test_a_reward_of_every_name_is_shown_whole(capsys):
+    for name in reward_names():
+        card = data_root("rewards") / f"{name}.yaml"
+        told = shown(capsys, "reward", name)
+        if card.is_file():
+            assert told.strip() == card.read_text(encoding="utf-8").strip()
+            assert all(f"\n{key}:" in told for key in ("scale", "licence", "source", "size", "needs")), name
+        else:
+            assert "No card: a reward in code" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("recipe", "shapes-sd-alignprop"), "method:"),
+        (("method", "reward_backprop"), "kl_weight"),
+        (("policy", "zoo:shapes-sd"), "shapes-sd"),
+        (("policy", "shapes-sd"), "shapes-sd"),
+        (("prompts", "shapes-test"), "the first ten"),
+        (("prompts:shapes-test",), "the first ten"),
+        (("shapes-clip",), "type: clip"),
+    ],
+)
+def test_a_kind_before_the_name(capsys, words, told):
+    assert told in shown(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("reward", "shapes-clop"), "is no reward that ships: did you mean shapes-clip"),
+        (("recipe", "shapes-clip"), "is no recipe that ships"),
+        (("rewards", "shapes-clip"), "a name after recipe, reward, method, policy, prompts"),
+        (("reward", "a", "b"), "a name after recipe, reward"),
+        (("reward", "schema"), "is no reward"),
+        (("shapes-clop",), "is nothing that ships: did you mean shapes-clip"),
+    ],
+)
+def test_what_is_not_there_is_refused(words, told):
+    with pytest.raises(RecipeError) as refused:
+        catalogue.print_named(words)
+    assert told in " ".join(str(refused.value).split())
+
+
+def test_listings_fit_and_cut_no_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for kind, (rows, _) in catalogue.KINDS.items():
+        catalogue.print_listing([kind])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 100
+        first_words = {line.split(" ")[0] for line in lines}
+        assert {row[0] for row in rows()} <= first_words, kind
