@@ -2,6 +2,7 @@
 
 # These register the types of recipes.
 import diffalign.rewards.pal.recipes
+import diffalign.rewards.qwen_rewards.recipes
 import diffalign.rewards.recipe_combinations
 import diffalign.rewards.recipe_types
 import diffalign.rewards.vlm.recipes  # noqa: F401

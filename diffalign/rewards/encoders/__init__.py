@@ -7,11 +7,11 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from diffalign.rewards.encoders.base import DualEncoder, shared_features
+from diffalign.rewards.encoders.base import DualEncoder, shared, shared_features
 from diffalign.rewards.encoders.huggingface import TransformersEncoder, load_model
 from diffalign.rewards.encoders.open_clip import OpenCLIPEncoder
 
-__all__ = ["DualEncoder", "OpenCLIPEncoder", "TransformersEncoder", "load_encoder", "shared_features"]
+__all__ = ["DualEncoder", "OpenCLIPEncoder", "TransformersEncoder", "load_encoder", "shared", "shared_features"]
 
 _loaded: WeakValueDictionary[tuple, DualEncoder] = WeakValueDictionary()
 

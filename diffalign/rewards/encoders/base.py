@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -28,6 +28,22 @@ def shared_features() -> Iterator[None]:
         yield
     finally:
         _shared.reset(token)
+
+
+def shared(owner: object, seen: Tensor, facts: tuple, compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` makes of a tensor; within `shared_features` made once for equal owner, tensor and facts.
+
+    The tensor is told by where it lies, so that equal parts of one batch are the same. It is kept too: while it lives,
+    nothing else has its place. Features without a graph are not taken for those with one.
+    """
+    kept = _shared.get()
+    if kept is None:
+        return compute()
+    place = (seen.data_ptr(), seen.shape, seen.stride(), seen.dtype, seen._version)
+    key = (id(owner), place, facts, torch.is_grad_enabled(), seen.requires_grad)
+    if key not in kept:
+        kept[key] = (seen, compute())
+    return kept[key][1]
 
 
 class DualEncoder(PromptReader):
@@ -73,17 +89,13 @@ class DualEncoder(PromptReader):
 
         Images are rounded to 8 bits before the resize, as for a saved file; gradients go straight through.
         """
-        kept = _shared.get()
-        key = (id(self), id(images), torch.is_grad_enabled())
-        if kept is not None and key in kept:
-            return kept[key][1]
+        return shared(self, images, (), lambda: self._image_features(images))
+
+    def _image_features(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
             pixels = self.preprocessing(images.to(self.device))
             features = self.encode_images(pixels.to(next(self.model.parameters()).dtype)).float()
-        features = features / features.norm(dim=-1, keepdim=True)
-        if kept is not None:
-            kept[key] = (images, features)  # the images too: while they live no other tensor has their id
-        return features
+        return features / features.norm(dim=-1, keepdim=True)
 
     def text_features(self, prompts: list[str]) -> Tensor:
         """Unit embeddings (B, D) float32; each distinct prompt is encoded once and kept."""

@@ -93,13 +93,23 @@ class QwenPatches:
             rows, columns = (math.ceil(edge * grow / unit) for edge in (height, width))
         return rows * unit, columns * unit
 
+    def fold(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """Frames of a video, or of an image that is repeated, to their patches; nothing is resized.
+
+        Args:
+            frames: (F, 3, H, W) in [0, 1]; F is a multiple of ``frames``, H and W are multiples of patch x merge.
+
+        Returns:
+            (N, 3 x frames x patch x patch) patches in the order of `__call__`, and (times, rows, columns) of them.
+        """
+        grid = len(frames) // self.frames, frames.shape[2] // self.patch, frames.shape[3] // self.patch
+        mean, std = (frames.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        blocks = ((frames - mean) / std).unflatten(3, (-1, self.merge, self.patch))
+        blocks = blocks.unflatten(2, (-1, self.merge, self.patch)).unflatten(0, (-1, self.frames))
+        # time, frame, colour, row, in row, y, column, in column, x
+        blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        return blocks.reshape(math.prod(grid), -1), grid
+
     def _patches(self, image: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        height, width = self.size(*image.shape[-2:])
-        image = resize(image, (height, width), self.filter)
-        mean, std = (image.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        rows, columns = height // self.patch, width // self.patch
-        blocks = ((image - mean) / std).unflatten(2, (-1, self.merge, self.patch))
-        blocks = blocks.unflatten(1, (-1, self.merge, self.patch))  # colour, row, in row, y, column, in column, x
-        blocks = blocks.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)
-        blocks = blocks.expand(*blocks.shape[:5], self.frames, *blocks.shape[6:])
-        return blocks.reshape(rows * columns, -1), (1, rows, columns)
+        image = resize(image, self.size(*image.shape[-2:]), self.filter)
+        return self.fold(image.expand(self.frames, -1, -1, -1))
