@@ -1,8 +1,9 @@
 """The scorers of the contract: each from tiny files in the layout in which its real ones were published."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,10 +19,15 @@ from diffalign.rewards.jpeg import JpegSize
 from diffalign.rewards.motion import DynamicDegree, MotionSmoothness
 from diffalign.rewards.mps import MPSReward
 from diffalign.rewards.ocr import TextMatch
+from diffalign.rewards.pal import PalModel, PalReward
+from diffalign.rewards.preference import PreferenceHead, PreferenceReward
+from diffalign.rewards.qwen_rewards.hpsv3 import HPSv3Reward
+from diffalign.rewards.qwen_rewards.video_reward import VideoReward
 from diffalign.rewards.vlm import GoalBaseline, LocalVLM, Rating, YesLogit
 from tests.parity.imagereward_case import random_checkpoint, write_tokenizer
 from tests.rewards import tiny
 from tests.rewards.pictures import pictures
+from tests.rewards.tiny_qwen import save_hpsv3, save_video_reward
 from tests.rewards.tiny_vlm import save_vlm
 
 
@@ -35,6 +41,7 @@ class Scorer:
         card: the shipped recipe that tells its licence.
         prompts: of the three samples.
         bound: of the difference between finite differences and the gradient, over the gradient's norm.
+        metadata: of each sample.
         step: of the finite differences; larger where the network has parts in float32 for good.
     """
 
@@ -44,6 +51,7 @@ class Scorer:
     prompts: tuple[str, ...] = ("a red circle", "two blue squares", "a big square")
     bound: float = 1e-4
     step: float = 1e-6
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def aesthetic(folder: Path, weights: dict[str, torch.Tensor]) -> Reward:
@@ -70,6 +78,24 @@ def image_reward(folder: Path) -> Reward:
 def mps(folder: Path) -> Reward:
     base = tiny.write_clip(folder / "base", projection_dim=128)
     return MPSReward(tiny.write_mps(base, folder / "MPS.pt"), base, condition="big green, square")
+
+
+def hpsv3(folder: Path) -> Reward:
+    return HPSv3Reward(save_hpsv3(folder) / "HPSv3.safetensors", folder / "base")
+
+
+def video_reward(folder: Path) -> Reward:
+    return VideoReward(save_video_reward(folder) / "checkpoint-7" / "model.pth", folder / "base")
+
+
+def preference(folder: Path) -> Reward:
+    PreferenceHead(16, likelihood="gaussian", hidden=8).save(folder / "head.safetensors")
+    return PreferenceReward(tiny.write_clip(folder / "clip"), folder / "head.safetensors")
+
+
+def pal(folder: Path) -> Reward:
+    PalModel(16, ["ann", "bob"], prototypes=2).save(folder / "users.safetensors")
+    return PalReward(tiny.write_clip(folder / "clip"), folder / "users.safetensors")
 
 
 def vlm(folder: Path) -> LocalVLM:
@@ -100,6 +126,17 @@ SCORERS = {
     "VLM rating": Scorer(
         lambda f: Rating(vlm(f)), "transformers' Qwen2.5-VL", "vqascore-qwen2.5-vl", bound=2e-2, step=1e-4
     ),
+    "HPSv3": Scorer(hpsv3, "HPSv3.safetensors, names of transformers 4.45", "hpsv3", bound=2e-2, step=1e-4),
+    "VideoReward": Scorer(
+        video_reward,
+        "checkpoint-N/model.pth, model_config.json",
+        "video-reward",
+        bound=2e-2,
+        step=1e-4,
+        metadata={"fps": 2.0},
+    ),
+    "preference head": Scorer(preference, "our own safetensors", "shapes-preference"),
+    "PAL": Scorer(pal, "our own safetensors", "shapes-preference", metadata={"user": "ann"}),
     "JPEG size": Scorer(lambda _: JpegSize(), None, "jpeg-size"),
     "OCR": Scorer(lambda _: TextMatch(), "the wheel of rapidocr", "ocr", ('a sign "GO"', 'a "cat"', 'say "42"')),
     "CLIP on frames": Scorer(

@@ -3,7 +3,7 @@
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from diffalign import media, rewards
-from diffalign.rewards import Reward, check_gradient
+from diffalign.rewards import Reward, Score, check_gradient
 from tests.rewards.contract import SCORERS, samples
 
 LONG = "a big red circle above the square " * 60
@@ -29,6 +29,12 @@ def built(name: str) -> Reward:
     return SCORERS[name].build(folder)
 
 
+def scores(name: str, given: torch.Tensor, prompts: Sequence[str] | None = None) -> Score:
+    """Of the samples, with what the scorer needs of their metadata."""
+    asked = SCORERS[name].prompts if prompts is None else prompts
+    return built(name)(given, asked, [SCORERS[name].metadata] * len(asked))
+
+
 def layout(name: str) -> str:
     """It loads from files under the published names."""
     assert built(name).name
@@ -39,9 +45,9 @@ def batch(name: str) -> str:
     """A score is that of the sample alone, whatever is beside it."""
     reward, prompts = built(name), SCORERS[name].prompts
     given = samples(reward)
-    together = reward(given, prompts)
-    alone = torch.cat([reward(given[i : i + 1], [prompts[i]]).value for i in range(3)])
-    backwards = reward(given.flip(0), prompts[::-1]).value.flip(0)
+    together = scores(name, given)
+    alone = torch.cat([scores(name, given[i : i + 1], [prompts[i]]).value for i in range(3)])
+    backwards = scores(name, given.flip(0), prompts[::-1]).value.flip(0)
     worst = max(float((other - together.value).abs().max()) for other in (alone, backwards))
     spread = float(together.value.max() - together.value.min())
     assert together.valid.all()
@@ -51,19 +57,19 @@ def batch(name: str) -> str:
 
 def saved(name: str) -> str:
     """A float tensor scores as the file that it is saved to."""
-    reward, prompts = built(name), SCORERS[name].prompts
+    reward = built(name)
     generator = torch.Generator().manual_seed(1)
     floats = (samples(reward) + 0.002 * torch.rand(samples(reward).shape, generator=generator)).clamp(0, 1)
     if reward.media == "video":
         pixels = media.from_uint8(media.to_uint8(floats))
-        difference = float((reward(floats, prompts).value - reward(pixels, prompts).value).abs().max())
+        difference = float((scores(name, floats).value - scores(name, pixels).value).abs().max())
         assert difference < 5e-3, difference
         return f"{difference:.0e}, frames as given"
     files = [Path(_folders.name, f"{i}.png") for i in range(3)]
     for image, file in zip(floats, files, strict=True):
         media.save_png(image, file)
     opened = media.from_pil([media.open_image(file) for file in files])
-    assert torch.equal(reward(floats, prompts).value, reward(opened, prompts).value)
+    assert torch.equal(scores(name, floats).value, scores(name, opened).value)
     return "equal"
 
 
@@ -72,10 +78,10 @@ def gradient(name: str) -> str:
     scorer, reward = SCORERS[name], built(name)
     if not reward.differentiable:
         with torch.enable_grad():
-            score = reward(samples(reward).requires_grad_(), scorer.prompts)
+            score = scores(name, samples(reward).requires_grad_())
         assert not score.value.requires_grad
         return "declared absent"
-    check_gradient(reward, samples(reward), scorer.prompts)
+    check_gradient(reward, samples(reward), scorer.prompts, [scorer.metadata] * 3)
     folder = Path(_folders.name, f"double-{name.replace('/', '-')}")
     folder.mkdir()
     torch.manual_seed(0)
@@ -85,14 +91,15 @@ def gradient(name: str) -> str:
         noise = torch.rand(samples(own).shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
         images = samples(own).double() * 0.8 + 0.1 + 0.05 * noise  # plain areas are full of ties
         leaf = images.clone().requires_grad_()
-        own.values(leaf, list(scorer.prompts), [{}] * 3).sum().backward()
+
+        def total(pixels: torch.Tensor) -> torch.Tensor:
+            return own(pixels, scorer.prompts, [scorer.metadata] * 3).value.sum()
+
+        total(leaf).backward()
         worst = 0.0
         for seed in range(2):
             direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            ahead, behind = (
-                own.values(images + h * direction, list(scorer.prompts), [{}] * 3).sum().detach()
-                for h in (scorer.step, -scorer.step)
-            )
+            ahead, behind = (total(images + h * direction).detach() for h in (scorer.step, -scorer.step))
             found, expected = float((leaf.grad * direction).sum()), float(ahead - behind) / (2 * scorer.step)
             worst = max(worst, abs(found - expected) / float(leaf.grad.norm()))
     assert leaf.grad.abs().sum() > 0
@@ -113,6 +120,9 @@ def without_rounding() -> Iterator[None]:
         patch("diffalign.rewards.vlm.qwen_patches.resize", resize),
         patch("diffalign.rewards.vlm.qwen_patches.quantise", lambda images: images, create=True),
         patch("diffalign.rewards.hps.quantise", lambda images: images),
+        patch("diffalign.rewards.qwen_rewards.video_reward.quantise", lambda images: images),
+        patch("diffalign.rewards.qwen_rewards.video_reward.resize", resize),
+        patch("diffalign.rewards.qwen_rewards.hpsv3.resize", resize),
         patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
         yield
@@ -124,24 +134,25 @@ def to_double(thing: object, seen: set[int] | None = None) -> None:
     if id(thing) in seen:
         return
     seen.add(id(thing))
-    for key, value in list(vars(thing).items()):
+    held = enumerate(thing) if isinstance(thing, list) else vars(thing).items()
+    for key, value in list(held):
         if isinstance(value, nn.Module):
             value.double()
         elif isinstance(value, torch.Tensor) and value.is_floating_point():
             setattr(thing, key, value.double())
-        elif type(value).__module__.startswith("diffalign."):
+        elif isinstance(value, list) or type(value).__module__.startswith("diffalign."):
             to_double(value, seen)
 
 
 def broken(name: str) -> str:
     """A NaN in one sample costs its own score, and no other's score or gradient."""
-    reward, prompts = built(name), SCORERS[name].prompts
+    reward = built(name)
     given = samples(reward)
-    expected = reward(given, prompts).value
+    expected = scores(name, given).value
     given[1].view(-1)[5] = torch.nan
     leaf = given.clone().requires_grad_()
     with torch.enable_grad():
-        score = reward(leaf, prompts)
+        score = scores(name, leaf)
     assert score.valid.tolist() == [True, False, True]
     assert score.value[1].isnan()
     torch.testing.assert_close(score.value[[0, 2]].detach(), expected[[0, 2]], rtol=1e-4, atol=1e-5)
@@ -164,7 +175,7 @@ def long_prompt(name: str) -> str:
     logger = logging.getLogger("diffalign")
     logger.addHandler(handler)
     try:
-        first, second = reward(given, [text]), reward(given, [text + "in the snow"])
+        first, second = (scores(name, given, [words]) for words in (text, text + "in the snow"))
     finally:
         logger.removeHandler(handler)
     assert first.valid.all()
