@@ -4,6 +4,7 @@
 import diffalign.rewards.pal.recipes
 import diffalign.rewards.qwen_rewards.recipes
 import diffalign.rewards.recipe_combinations
+import diffalign.rewards.recipe_content
 import diffalign.rewards.recipe_types
 import diffalign.rewards.vlm.recipes  # noqa: F401
 from diffalign.rewards.base import (
