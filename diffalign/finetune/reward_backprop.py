@@ -77,8 +77,8 @@ class RewardBackprop(Trainer):
             )
         if self.reward.groupwise:
             raise ValueError(
-                f"reward {self.reward.name!r} compares the images of a prompt, which micro-batches take apart here; use "
-                "one that scores each image, or a method of groups"
+                f"reward {self.reward.name!r} compares the images of a prompt, which micro-batches take apart here; "
+                "use one that scores each image, or a method of groups"
             )
         self.schedule = policy.schedule(self.config.num_inference_steps)
         self.law = default_law(self.schedule.kind, self.config.eta)

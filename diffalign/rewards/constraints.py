@@ -16,12 +16,12 @@ from diffalign.rewards.combination import Combination, Rows
 class Lagrangian(Combination):
     """r_0 + sum_k lambda_k (r_k - c_k): maximise r_0 while E r_k >= c_k, with lambda_k >= 0 by dual descent.
 
-    `update`, which a `Trainer` calls once a step: lambda_k <- max(0, lambda_k - eta (mean r_k - c_k)). A constraint that is broken weighs more
-    from step to step, one that is met less, down to nothing. To hold a reward below a bound, constrain its negative:
-    ``(-a, -bound)``. Composite rewards under such constraints: Moskovitz et al. (2023), arXiv:2310.04373; one
-    cost: Safe RLHF, Dai et al. (2023), arXiv:2310.12773. Departures from Safe RLHF: the step is on lambda and
-    projected, theirs is on log lambda; theirs divides the whole by 1 + lambda, this does not, so that the total grows
-    with the multipliers (methods that standardise advantages do not see it).
+    `update`, which a `Trainer` calls once a step: lambda_k <- max(0, lambda_k - eta (mean r_k - c_k)). A constraint
+    that is broken weighs more from step to step, one that is met less, down to nothing. To hold a reward below a bound,
+    constrain its negative: ``(-a, -bound)``. Composite rewards under such constraints: Moskovitz et al. (2023),
+    arXiv:2310.04373; one cost: Safe RLHF, Dai et al. (2023), arXiv:2310.12773. Departures from Safe RLHF: the step is
+    on lambda and projected, theirs is on log lambda; theirs divides the whole by 1 + lambda, this does not, so that the
+    total grows with the multipliers (methods that standardise advantages do not see it).
 
     Scores depend on the multipliers, so they belong to a checkpoint: `state_dict`. Between updates they are fixed, and
     a sample's score depends on itself alone. Under several processes give `update` the means over all of them.

@@ -1,6 +1,6 @@
 """Over-optimisation in the shapes world, where truth is known: gold against proxy as best of n, for n up to 1,000.
 
-    python tests/benchmarks/over_optimisation_images.py [--out runs/over_optimisation]   # half an hour of one core; resumable
+    python tests/benchmarks/over_optimisation_images.py [--out runs/over_optimisation]  # half an hour; resumable
     python tests/benchmarks/over_optimisation.py [--out runs/over_optimisation]          # minutes
 
 Gao et al. (2023), arXiv:2210.10760, with the oracle as gold. It may be run while images are still drawn: it takes the

@@ -1,4 +1,4 @@
-"""Scores beside those of packages that others wrote, which run in an environment of their own: `make verify` builds it."""
+"""Scores beside those of packages that others wrote, in an environment of their own, which `make verify` builds."""
 
 import json
 import subprocess

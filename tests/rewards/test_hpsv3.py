@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 
 import pytest
 import torch
@@ -29,23 +30,29 @@ def reward(folder):
 
 
 def by_hand(folder, image, prompt):
-    """(mu, log sigma) by Pillow, transformers' processor and model, and the published names of the head."""
-    from transformers import AutoProcessor
+    """(mu, log sigma) by Pillow, transformers' image processor and model, and the published names of the head."""
+    from transformers import AutoImageProcessor, AutoTokenizer
 
-    processor, weights = AutoProcessor.from_pretrained(folder / "base"), load_file(folder / "HPSv3.safetensors")
+    weights, tokenizer = load_file(folder / "HPSv3.safetensors"), AutoTokenizer.from_pretrained(folder / "base")
+    template = json.loads((folder / "base" / "chat_template.json").read_text())["chat_template"]
     model = random_model(folder / "base", words_of(folder / "base") + 1)
     for module in (model.visual.rotary_pos_emb, model.language_model.rotary_emb):
         module.inv_freq.copy_(module.inv_freq.bfloat16())
-    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
     image = image.resize((560, 392), Image.Resampling.BICUBIC)
     content = [{"type": "image"}, {"type": "text", "text": TEMPLATE.replace("{prompt}", prompt)}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=[text], images=[image], return_tensors="pt")
-    inputs.pop("mm_token_type_ids", None)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    pixels = AutoImageProcessor.from_pretrained(folder / "base", backend="pil")([image], return_tensors="pt")
+    patches = int(pixels["image_grid_thw"].prod() // 4)
+    inputs = dict(tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * patches), return_tensors="pt")) | dict(
+        pixels
+    )
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
         hidden = model(**inputs, position_ids=torch.arange(length).expand(3, 1, -1)).last_hidden_state[0]
-    x = hidden[inputs["input_ids"][0].tolist().index(len(processor.tokenizer) - 1)]
+    x = hidden[inputs["input_ids"][0].tolist().index(len(tokenizer) - 1)]
     for number in (0, 3, 5):
         x = weights[f"rm_head.{number}.weight"] @ x + weights[f"rm_head.{number}.bias"]
         x = x.relu() if number < 5 else x

@@ -3,6 +3,11 @@
 import hashlib
 import itertools
 import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +77,7 @@ def test_the_instructions_are_the_published_ones():
     assert hashlib.sha256(TEMPLATE.encode()).hexdigest()[:16] == "fd7862ecb43bbe39"
 
 
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="transformers' video processor needs torchvision")
 def test_scores_equal_transformers_own_processing(folder, reward):
     clips = videos()
     score = reward(clips, PROMPTS, RATES)
@@ -193,3 +199,16 @@ def test_a_recipe_builds_it(folder):
     built = rewards.load({"name": "mine", "type": "video_reward"} | places | facts)
     assert [member.name for member in built.members] == ["mine-VQ", "mine-MQ", "mine-TA"]
     assert built.media == "video"
+
+
+@pytest.mark.verify
+def test_the_comparison_with_transformers_beside_torchvision():
+    """The test above, in a process that finds the torchvision which `make test` keeps apart."""
+    apart = Path(__file__).parents[2] / ".venv" / "open_clip"
+    if not (apart / "torchvision").is_dir():
+        pytest.skip("torchvision is not there: make test brings it")
+    which = f"{__file__}::test_scores_equal_transformers_own_processing"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(apart), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", which]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from PIL import Image
 from diffalign import media
 from diffalign.rewards import check_gradient
 from diffalign.rewards.vlm import LocalVLM, PairwiseJudge, Question, Rating, YesLogit, qwen_patches
-from tests.rewards.tiny_vlm import save_llava, save_vlm
+from tests.rewards.tiny_vlm import save_llava, save_vlm, spelt_inputs
 
 PROMPTS = ["a cat", "two dogs that run over a wide field", "x"]
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -38,22 +38,25 @@ def judge(folders):
 
 def generated_probabilities(folder, image, question):
     """The first token's distribution as transformers itself has it: its processor, template and generate."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        enable_thinking=False,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)
+    if folder.name == "llava":
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = AutoProcessor.from_pretrained(folder).apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            enable_thinking=False,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        inputs = spelt_inputs(folder, image, question)
     output = model.generate(
         **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
     )
-    tokens = processor.tokenizer
     return {tokens.decode([i]): p for i, p in enumerate(output.logits[0][0].softmax(dim=0).tolist())}
 
 

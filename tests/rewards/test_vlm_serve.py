@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def serving(folder, port, log):
     """`transformers serve` on a loopback port, ready to answer; yields the process."""
     command = [sys.executable, "-W", "ignore", "-c", SERVE, "serve", str(folder), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--device", "cpu", "--log-level", "warning"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # `make test` keeps torchvision, which the server's processor of videos needs, apart.
+    folders = [str(Path(__file__).parents[2] / ".venv" / "open_clip"), *filter(None, sys.path)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     try:

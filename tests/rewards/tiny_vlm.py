@@ -1,10 +1,12 @@
 """A tiny random vision-language model of real classes, with a byte-level tokenizer that knows the words of a judge."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from diffalign._compat import ensure_torchvision
+from diffalign.rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
 
 WORDS = ["Yes", "No", "yes", "no", " Yes", " No", "YES"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -78,7 +80,7 @@ MARKS = {
 def save_vlm(folder: Path, kind: str = "qwen2_5_vl") -> Path:
     """Weights, tokenizer and processor of a random model that answers with one of the words, digits and the like."""
     ensure_torchvision()
-    from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessor
+    from transformers import AutoModelForImageTextToText
 
     tokenizer = save_tokenizer(folder)
     torch.manual_seed(0)
@@ -93,30 +95,39 @@ def save_vlm(folder: Path, kind: str = "qwen2_5_vl") -> Path:
         head.zero_()
         head[words] = kept * 2
     model.save_pretrained(folder)
-    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16}
-    patch = 16 if kind == "qwen3_vl" else 14
-    processor, video = processors()[kind]
-    processor(
-        image_processor=Qwen2VLImageProcessor(size=size, patch_size=patch),
-        tokenizer=tokenizer,
-        video_processor=video(),
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
+    pixels = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3}
+    pixels |= {"image_mean": list(OPENAI_MEAN), "image_std": list(OPENAI_STD), "rescale_factor": 1 / 255}
+    pixels |= {"merge_size": 2, "patch_size": 16 if kind == "qwen3_vl" else 14, "temporal_patch_size": 2}
+    image = {"image_processor_type": "Qwen2VLImageProcessor"}
+    image |= {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16}}
+    whole, video = PROCESSORS[kind]
+    # Written by hand: making a video processor needs torchvision.
+    config = {"image_processor": pixels | image, "processor_class": whole}
+    config["video_processor"] = pixels | {"video_processor_type": video}
+    (folder / "processor_config.json").write_text(json.dumps(config))
     return folder
 
 
-def processors():
-    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-    from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
-    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
-    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+PROCESSORS = {
+    "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
 
-    return {
-        "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
-        "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
-        "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
-    }
+
+def spelt_inputs(folder: Path, image, question: str, token: str = "<|image_pad|>"):
+    """What a Qwen-VL model reads of a question about an image, by transformers' image processor and tokenizer."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")([image], return_tensors="pt")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False, tokenize=False
+    )
+    text = text.replace(token, token * int(pixels["image_grid_thw"].prod() // 4))
+    inputs = dict(tokenizer(text, return_tensors="pt")) | dict(pixels)
+    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == tokenizer.convert_tokens_to_ids(token)).int()}
 
 
 def save_llava(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from diffalign._compat import ensure_torchvision
 from diffalign.rewards.prompts import check_tokenizer
 from diffalign.rewards.qwen_rewards.checkpoint import load_backbone
 from diffalign.rewards.vlm.qwen_patches import QwenPatches
+from diffalign.rewards.vlm.qwen_processor import QwenProcessor
 
 Folded = tuple[Tensor, tuple[int, int, int]]
 """Patches (N, P) of one figure, and how many (times, rows, columns) of them."""
@@ -59,14 +60,14 @@ class QwenReader:
         lora: dict[str, Any] | None = None,
     ) -> None:
         ensure_torchvision()
-        from transformers import AutoProcessor, Qwen2VLConfig
+        from transformers import Qwen2VLConfig
 
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: at least one figure is read at once.")
         self.kind, self.batch_size = kind, batch_size
         config = Qwen2VLConfig.from_pretrained(str(base), revision=revision)
         self.model = load_backbone(weights, config, place, dtype, lora)
-        self.processor = AutoProcessor.from_pretrained(str(base), revision=revision)
+        self.processor = QwenProcessor(str(base), revision)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "right"
         self.tokenizer.add_tokens(list(marks), special_tokens=True)
@@ -126,9 +127,7 @@ class QwenReader:
     def _spell(self, text: str, grid: tuple[int, int, int]) -> str:
         """The text in the chat template, with a token for each merged patch."""
         content = [{"type": self.kind}, {"type": "text", "text": text}]
-        chat = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        chat = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         others = {"image": self.processor.image_token, "video": self.processor.video_token}
         own = others.pop(self.kind)
         if chat.count(own) != 1 or any(other in chat for other in others.values()):

@@ -16,6 +16,7 @@ from diffalign._compat import ensure_torchvision
 from diffalign.media import to_pil
 from diffalign.rewards.vlm.judge import AnswerError, Judge, Question
 from diffalign.rewards.vlm.qwen_patches import QwenPatches
+from diffalign.rewards.vlm.qwen_processor import load_processor
 
 
 class LocalVLM(Judge):
@@ -45,15 +46,12 @@ class LocalVLM(Judge):
         dtype: torch.dtype = torch.float32,
         batch_size: int = 8,
     ) -> None:
-        ensure_torchvision()
-        from transformers import AutoProcessor
-
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: at least one question is asked at once.")
         self.name = name or Path(path).name
         self.batch_size = batch_size
         self.model = _load_model(str(path), revision, dtype)
-        self.processor = AutoProcessor.from_pretrained(str(path), revision=revision)
+        self.processor = load_processor(str(path), revision)
         if not hasattr(self.processor, "image_processor"):
             raise ValueError(f"{path} has no image processor: it is not a vision-language model, or lacks a file.")
         self.processor.tokenizer.padding_side = "right"
@@ -148,7 +146,7 @@ class LocalVLM(Judge):
     def _text(self, question: Question) -> str:
         content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]
         text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=False
         )
         if text.rstrip().endswith("<think>"):
             raise ValueError(
@@ -159,6 +157,7 @@ class LocalVLM(Judge):
 
 
 def _load_model(path: str, revision: str | None, dtype: torch.dtype) -> Any:
+    ensure_torchvision()
     from transformers import AutoModelForImageTextToText
 
     model, info = AutoModelForImageTextToText.from_pretrained(
