@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # ships one, under the SIL Open Font License.
 TAKEN = {
     "assets/demo/before-after.png": ROOT / "assets/demo/before-after.png",
+    "assets/demo/over-optimisation-training.png": ROOT / "assets/demo/over-optimisation-training.png",
     "assets/demo/over-optimisation.png": ROOT / "assets/demo/over-optimisation.png",
     "fonts/STIXTwoMath-Regular.ttf": package_files("ziamath") / "fonts/STIXTwoMath-Regular.ttf",
 }
