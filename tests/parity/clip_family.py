@@ -6,7 +6,7 @@
     python -m tests.parity.clip_family_case FOLDER BPE
     ENV/bin/python tests/parity/clip_family.py FOLDER BPE
 
-prints one JSON line a package. What is done to them, all of it here and in memory:
+prints one JSON line a package; with --seconds, how long hpsv2's loop takes. What is done to them, here and in memory:
 
 - hpsv2's wheel lacks CLIP's merges, which BPE gives; it imports turtle, a drawing toy that needs a screen, and uses
   nothing of it; its architecture ViT-H-14 gets the sizes of the folder, and the weights of LAION that it would
@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
@@ -48,8 +49,8 @@ def largest(found, expected):
     return {"largest_difference": float((found - expected).abs().max()), "spread": float(expected.std())}
 
 
-def hps(folder, bpe, case):
-    """hpsv2.score of every image and prompt."""
+def hpsv2_package(folder, bpe, case):
+    """The module with `score`, of the folder's sizes."""
     sys.modules["turtle"] = types.ModuleType("turtle")
     sys.modules["turtle"].forward = None
     os.environ["HPS_ROOT"] = str(folder)
@@ -67,11 +68,26 @@ def hps(folder, bpe, case):
     }
     factory.get_pretrained_cfg = lambda *_: {"mean": None, "std": None}
     factory.download_pretrained = lambda *_, **__: str(folder / "HPS_v2.1_compressed.pt")
-    checkpoint = str(folder / "HPS_v2.1_compressed.pt")
+    return img_score
+
+
+def hps(folder, bpe, case):
+    """hpsv2.score of every image and prompt."""
+    img_score, checkpoint = hpsv2_package(folder, bpe, case), str(folder / "HPS_v2.1_compressed.pt")
     files = [str(folder / f"{number}.png") for number in range(len(case["hps"]))]
     scores = [img_score.score(files, prompt, cp=checkpoint) for prompt in case["prompts"]]
     rows = [list(map(float, row)) for row in zip(*scores, strict=True)]
     return {"peer": f"hpsv2 {importlib.metadata.version('hpsv2')}"} | largest(rows, case["hps"])
+
+
+def hps_seconds(folder, bpe, case):
+    """Seconds of hpsv2.score, called for each image with its prompt, after one call to warm up."""
+    img_score, checkpoint = hpsv2_package(folder, bpe, case), str(folder / "HPS_v2.1_compressed.pt")
+    rows = [(str(folder / f"{number}.png"), prompt) for number, prompt in enumerate(case["prompts"])]
+    img_score.score(*rows[0], cp=checkpoint)
+    start = time.perf_counter()
+    scores = [float(img_score.score(*row, cp=checkpoint)[0]) for row in rows]
+    return {"seconds": time.perf_counter() - start} | largest(scores, case["hps"])
 
 
 def aesthetic(folder, case):
@@ -101,5 +117,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     case = json.loads((folder / "case.json").read_text())
     mend_torchvision()
+    if "--seconds" in sys.argv:
+        print(json.dumps(hps_seconds(folder, sys.argv[2], case)))
+        sys.exit()
     print(json.dumps(aesthetic(folder, case)))
     print(json.dumps(hps(folder, sys.argv[2], case)))
