@@ -27,20 +27,7 @@ import warnings
 from pathlib import Path
 
 import torch
-
-
-def mend_torchvision():
-    """Makes it importable beside a torch without CUDA."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        from torch.library import Library
-
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.kept_library = Library("torchvision", "DEF")
-        sys.kept_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        sys.kept_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from beside import mend_torchvision
 
 
 def largest(found, expected):

@@ -26,21 +26,14 @@ import types
 import warnings
 from pathlib import Path
 
+from beside import mend_torchvision
+
 
 def import_package():
     """The module with the class ImageReward, and the one that builds its BLIP."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     warnings.simplefilter("ignore")
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        from torch.library import Library
-
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.kept_library = Library("torchvision", "DEF")
-        sys.kept_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        sys.kept_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    mend_torchvision()
     folder = Path(importlib.util.find_spec("ImageReward").origin).parent
     for name, path in (("ImageReward", folder), ("ImageReward.models", folder / "models")):
         sys.modules[name] = types.ModuleType(name)

@@ -26,6 +26,8 @@ import types
 import warnings
 from pathlib import Path
 
+from beside import mend_torchvision
+
 EMPTY = ("trl", "datasets", "pandas", "matplotlib", "fire", "omegaconf", "decord", "tensorboard", "deepspeed")
 
 
@@ -60,16 +62,7 @@ def prepare(folder):
     import torch  # noqa: F401
     import transformers.trainer  # noqa: F401
 
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        from torch.library import Library
-
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.kept_library = Library("torchvision", "DEF")
-        sys.kept_library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        sys.kept_library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    mend_torchvision()
     sys.meta_path.insert(0, EmptyFinder())
     sys.path.insert(0, str(folder / "VideoAlign"))
 
