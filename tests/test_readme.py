@@ -30,13 +30,24 @@ def blocks(file, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.fixture
+def example(tmp_path, monkeypatch, capsys):
+    """Runs the only example in Python of a file, in a folder that holds the assets; returns its names."""
+
+    def run(file):
+        (code,) = blocks(file, "python")
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "assets").symlink_to(ROOT / "assets")
+        space = {}
+        exec(compile(code, file, "exec"), space)
+        return space
+
+    return run
+
+
 @pytest.mark.slow
-def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
-    (code,) = blocks("README.md", "python")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
-    space = {}
-    exec(compile(code, "README.md", "exec"), space)
+def test_the_python_example_runs(tmp_path, example):
+    space = example("README.md")
     assert len(space["history"]) == 2
     assert (tmp_path / "runs/warm/pytorch_lora_weights.safetensors").is_file()
     assert space["image"].size == (64, 64)
@@ -58,10 +69,8 @@ def test_the_recipe_of_the_guide_is_valid(tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml").evaluation.num_inference_steps == 10
 
 
-def test_the_example_of_the_guide_to_rewards_runs(capsys):
-    (code,) = blocks("docs/guide/rewards.md", "python")
-    space = {}
-    exec(compile(code, "rewards.md", "exec"), space)
+def test_the_example_of_the_guide_to_rewards_runs(example):
+    space = example("docs/guide/rewards.md")
     assert set(space["score"].parts) == {"shapes-clip", "warm"}
     assert space["score"].valid.all()
 
@@ -78,12 +87,8 @@ def test_the_reward_recipes_of_the_guide_are_valid(tmp_path):
     torch.testing.assert_close(score.value, torch.minimum(score.parts["scaled-clip"], score.parts["scaled-preference"]))
 
 
-def test_the_example_of_the_guide_to_scoring_runs(tmp_path, monkeypatch, capsys):
-    (code,) = blocks("docs/guide/score.md", "python")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "assets").symlink_to(ROOT / "assets")
-    space = {}
-    exec(compile(code, "score.md", "exec"), space)
+def test_the_example_of_the_guide_to_scoring_runs(tmp_path, example):
+    space = example("docs/guide/score.md")
     assert space["result"].rows == len(list((ROOT / "assets" / "demo").glob("*.png")))
     assert (tmp_path / "runs/sizes.csv").is_file()
 

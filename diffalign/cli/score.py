@@ -32,24 +32,25 @@ def run(
     cache: Path | None,
 ) -> None:
     """Scores, and prints what came of it; exits with 1 where nothing has a score."""
-    asked = {
-        "out": out,
-        "prompts": prompts,
-        "prompt_column": prompt_column,
-        "batch_size": batch_size_of(batch_size),
-        "keep": keep,
-        "per": per,
-        "shard": _shard(shard),
-        "cache": cache,
-    }
-    Request(inputs=tuple(inputs), rewards=tuple(rewards), **asked)  # refuses before anything heavy is imported
+    request = Request(  # refuses before anything heavy is imported
+        inputs=tuple(inputs),
+        rewards=tuple(rewards),
+        out=out,
+        prompts=prompts,
+        prompt_column=prompt_column,
+        batch_size=batch_size_of(batch_size),
+        keep=keep,
+        per=per,
+        shard=_shard(shard),
+        cache=cache,
+    )
 
     from diffalign.cli.terminal import quiet_loading
     from diffalign.processes import process_state
-    from diffalign.scoring import score
+    from diffalign.scoring.run import run_request
 
     quiet_loading()
-    result = score(inputs, rewards, **asked)
+    result = run_request(request)
     if process_state().is_main_process:
         _tell(result)
         if result.summaries and not any(summary.n for summary in result.summaries):

@@ -19,8 +19,6 @@ from diffalign.scoring.bench.request import BenchRequest
 if TYPE_CHECKING:
     from diffalign.scoring.bench import BenchResult
 
-_REASONS = 5  # of each reward
-
 
 def run(
     dataset: str,
@@ -33,15 +31,22 @@ def run(
     cache: Path | None,
 ) -> None:
     """Scores and compares, and prints what came of it; exits with 1 where no pair could be judged."""
-    asked = {"out": out, "images": images, "batch_size": batch_size_of(batch_size), "cache": cache}
-    BenchRequest(dataset, folder, tuple(rewards), **asked)  # refuses before anything heavy is imported
+    request = BenchRequest(  # refuses before anything heavy is imported
+        dataset=dataset,
+        folder=folder,
+        rewards=tuple(rewards),
+        out=out,
+        images=images,
+        batch_size=batch_size_of(batch_size),
+        cache=cache,
+    )
 
     from diffalign.cli.terminal import quiet_loading
     from diffalign.processes import process_state
-    from diffalign.scoring.bench import bench
+    from diffalign.scoring.bench.run import run_request
 
     quiet_loading()
-    result = bench(dataset, folder, rewards, **asked)
+    result = run_request(request)
     if process_state().is_main_process:
         _tell(result)
         if not any(row.agreement.pairs for row in result.rows):
@@ -49,6 +54,8 @@ def run(
 
 
 def _tell(result: BenchResult) -> None:
+    from diffalign.scoring.summary import most_frequent
+
     column, several = result.dataset.column, len(result.unlabelled) > 1
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("reward", overflow="fold")
@@ -73,7 +80,7 @@ def _tell(result: BenchResult) -> None:
         if count:
             print(f"{labels}: {count:,} entries have no label and are left out")
     for name, reasons in result.failures.items():
-        for reason, count in sorted(reasons.most_common(_REASONS), key=lambda pair: (-pair[1], pair[0])):
+        for reason, count in most_frequent(reasons):
             console.print(Text(f"{name}: {count:,} items x {reason}"), soft_wrap=True)
     print(f"accuracies: {result.out}")
 

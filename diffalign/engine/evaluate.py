@@ -16,6 +16,7 @@ from diffalign.policies import Policy
 from diffalign.report import Diversity, diversity
 from diffalign.rewards import Reward
 from diffalign.rewards.clip import CLIPReward
+from diffalign.rewards.encoders import shared_features
 from diffalign.rollout import in_interval, rollout
 
 
@@ -81,17 +82,21 @@ def sample_images(
 def score_images(
     evaluation: Evaluation, rewards: Mapping[str, Reward], *, device: torch.device | str = "cpu", batch_size: int = 64
 ) -> Evaluation:
-    """Adds each reward's scores of the 8-bit images to `evaluation`, which is returned."""
-    for name, reward in rewards.items():
-        values = []
-        for start in range(0, len(evaluation.prompts), batch_size):
-            chunk = evaluation.prompts[start : start + batch_size]
-            pixels = media.from_uint8(evaluation.images[start : start + batch_size]).to(device)
-            score = reward(pixels, [p.text for p in chunk], [p.metadata for p in chunk])
-            values.append(score.value.float().masked_fill(~score.valid, torch.nan).cpu())
-            evaluation.ledger.reward_calls += len(chunk)
-            evaluation.ledger.reward_failures += int((~score.valid).sum())
-        evaluation.scores[name] = torch.cat(values)
+    """Adds each reward's scores of the 8-bit images to `evaluation`, which is returned.
+
+    Rewards on one encoder share its pass over a batch.
+    """
+    scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    for start in range(0, len(evaluation.prompts), batch_size):
+        chunk = evaluation.prompts[start : start + batch_size]
+        pixels = media.from_uint8(evaluation.images[start : start + batch_size]).to(device)
+        with shared_features():
+            for name, reward in rewards.items():
+                score = reward(pixels, [p.text for p in chunk], [p.metadata for p in chunk])
+                scores[name].append(score.value.float().masked_fill(~score.valid, torch.nan).cpu())
+                evaluation.ledger.reward_calls += len(chunk)
+                evaluation.ledger.reward_failures += int((~score.valid).sum())
+    evaluation.scores |= {name: torch.cat(values) for name, values in scores.items()}
     return evaluation
 
 

@@ -17,7 +17,7 @@ REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 class DiskRefused(RuntimeError):
-    """A file of the run could not be written; the message says why, and which checkpoint stands."""
+    """A file could not be written; the message says why, and how to go on."""
 
 
 def claim(output_dir: Path, *, resume: bool) -> None:

@@ -18,7 +18,7 @@ from diffalign.media.files import ImageError, reading, shown
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 2**20
-MAX_BYTES = 256 * 2**20  # more than MAX_PIXELS take without any compression
+MAX_BYTES = 256 * 2**20  # more than MAX_PIXELS of 8-bit RGB take without any compression
 
 
 def straight_through_clamp(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

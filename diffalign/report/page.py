@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from diffalign import media
 from diffalign.registry import locate
 from diffalign.report.charts import curves, read_metrics
@@ -43,20 +45,16 @@ def write_report(run_dir: str | Path, summary: Summary | None = None) -> Path:
         summary.save(run_dir)
     if summary.gallery:
         write_grid(run_dir, summary.gallery[:SHOWN_PAIRS])
-    html = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            summary=summary,
-            figures=[_FigureView.of(figure) for figure in summary.figures],
-            pairs=[_pair_view(run_dir, pair) for pair in summary.gallery],
-            shown=SHOWN_PAIRS,
-            charts=curves(read_metrics(run_dir / "metrics.jsonl")),
-            cost=[(phase, _cost_cells(row)) for phase, row in summary.cost.items()],
-            cost_heads=list(_COST),
-            snippet=_snippet(run_dir, summary),
-            command=_command(run_dir, summary) if summary.prompts else "",
-        )
+    html = template(Path(__file__).with_name("page.html")).render(
+        summary=summary,
+        figures=[_FigureView.of(figure) for figure in summary.figures],
+        pairs=[_pair_view(run_dir, pair) for pair in summary.gallery],
+        shown=SHOWN_PAIRS,
+        charts=curves(read_metrics(run_dir / "metrics.jsonl")),
+        cost=[(phase, _cost_cells(row)) for phase, row in summary.cost.items()],
+        cost_heads=list(_COST),
+        snippet=_snippet(run_dir, summary),
+        command=_command(run_dir, summary) if summary.prompts else "",
     )
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
@@ -71,11 +69,18 @@ def write_grid(run_dir: Path, gallery: list[Pair]) -> Path:
     return path
 
 
-def _environment() -> Any:
+def template(file: Path) -> Any:
+    """The template of a page, which may include `style.css`, so that all pages look the same."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader(Path(__file__).parent)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader([file.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(file.name)
 
 
 @dataclass(frozen=True)
@@ -134,14 +139,19 @@ def _pair_view(run_dir: Path, pair: Pair) -> dict[str, Any]:
         "seed": pair.seed,
         "scores": scores,
         "size": images["base"].size,
-        **{side: _data_uri(image) for side, image in images.items()},
+        **{side: data_uri(image) for side, image in images.items()},
     }
 
 
-def _data_uri(image: Any) -> str:
-    """Small images as PNG, the very pixels that were scored; large ones as JPEG, for PNG would make the page heavy."""
+def data_uri(image: Image.Image, most: int | None = None) -> str:
+    """Small images as PNG, the very pixels that were scored; large ones as JPEG, for PNG would make the page heavy.
+
+    With `most` a larger image is reduced, in place, to so many pixels on its longer side.
+    """
     buffer = io.BytesIO()
     kind = "png" if max(image.size) <= _SHARP else "jpeg"
+    if most is not None:
+        image.thumbnail((most, most), Image.Resampling.LANCZOS)
     image = enlarged(image, max(1, _SHARP // max(image.size)))
     image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 92}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

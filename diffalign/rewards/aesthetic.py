@@ -40,13 +40,12 @@ class AestheticReward(EncoderReward):
     ) -> None:
         file = find_weights(str(head))
         super().__init__(path, name=name or file.stem, **how)
-        self.weight, self.bias = folded(read_weights(file), str(file))
+        weight, bias = folded(read_weights(file), str(file))
         width = self.encoder.image_width
-        if len(self.weight) != width:
-            raise ValueError(
-                f"{file} reads embeddings of {len(self.weight)} numbers, and {self.encoder.label} makes {width}"
-            )
-        self.to(self.encoder.device)
+        if len(weight) != width:
+            made = f"{self.encoder.label} makes {width}"
+            raise ValueError(f"{file} reads embeddings of {len(weight)} numbers, and {made}")
+        self.weight, self.bias = weight.to(self.encoder.device), bias.to(self.encoder.device)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves head and encoder."""

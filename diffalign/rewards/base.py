@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from diffalign.rewards.memory import free_memory, out_of_memory
+from diffalign.rewards.memory import out_of_memory
 
 if TYPE_CHECKING:
     from diffalign.rewards.combination import WeightedSum
@@ -136,16 +136,24 @@ class Reward:
             half = len(prompts) // 2
             if short:  # later batches of such images start with what fits
                 self._fits[images.shape[1:]] = half
-                free_memory()
+                from accelerate.utils.memory import clear_device_cache
+
+                clear_device_cache(garbage_collection=True)  # outside of `except`, which holds the tensors
             return self._joined(half, images, prompts, metadata)
         finite = value.detach().reshape(len(prompts), -1).isfinite().all(dim=1)
         if bool(finite.all()):
             return value, {}
-        reasons = {i: f"the score is {value[i].flatten()[0].item()}" for i in range(len(prompts)) if not finite[i]}
-        if value.requires_grad:
+        scores = zip(value.tolist(), finite.tolist(), strict=True)
+        reasons = {i: f"the score is {score}" for i, (score, good) in enumerate(scores) if not good}
+        index, has_graph = finite.nonzero().flatten(), value.requires_grad
+        value = value.detach().index_fill(0, (~finite).nonzero().flatten(), math.nan)
+        if has_graph and len(index):
             # 0 * NaN is NaN in a backward pass too, so the finite scores are computed again without the others.
-            value = self._recompute(finite, images, prompts, metadata, value.dtype)
-        return torch.where(finite.reshape(-1, *[1] * (value.ndim - 1)), value, math.nan), reasons
+            rows = index.tolist()
+            kept, failed = self._score_rows(images[index], [prompts[i] for i in rows], [metadata[i] for i in rows])
+            value = value.index_copy(0, index, kept.to(value))
+            reasons |= {rows[i]: reason for i, reason in failed.items()}
+        return value, reasons
 
     def _joined(
         self, size: int, images: Tensor, prompts: list[str], metadata: list[dict]
@@ -158,17 +166,6 @@ class Reward:
             values.append(value)
             reasons |= {start + index: reason for index, reason in failed.items()}
         return torch.cat(values), reasons
-
-    def _recompute(
-        self, keep: Tensor, images: Tensor, prompts: list[str], metadata: list[dict], dtype: torch.dtype
-    ) -> Tensor:
-        value = torch.full(self._shape(len(prompts)), math.nan, dtype=dtype, device=images.device)
-        index = keep.nonzero().flatten().to(images.device)
-        if not len(index):
-            return value
-        rows = index.tolist()
-        kept = self._checked_values(images[index], [prompts[i] for i in rows], [metadata[i] for i in rows])
-        return value.index_copy(0, index, kept.to(value))
 
     def _checked_values(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
         value = torch.as_tensor(self.values(images, prompts, metadata)).to(images.device)
@@ -222,14 +219,13 @@ class FunctionReward(Reward):
         self.name = name
         self.differentiable = differentiable
 
-    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Calls the function; numbers and arrays become a tensor beside the images.
+    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        """What the function returns: a tensor, an array or numbers.
 
         Of a tuple the first entry is the scores: trl's and flow_grpo's functions return a dict of news beside them.
         """
         result = self.function(images, prompts, metadata)
-        result = result[0] if isinstance(result, tuple) else result
-        return result if isinstance(result, Tensor) else torch.as_tensor(result, device=images.device)
+        return result[0] if isinstance(result, tuple) else result
 
 
 def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, differentiable: bool = True) -> Reward:
@@ -268,7 +264,7 @@ def _check_input(images: Tensor, prompts: list[str], metadata: list[dict], media
         )
     if images.numel() == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}: there is nothing to score.")
-    low, high = (float(x) for x in images.detach().aminmax())
+    low, high = torch.stack(images.detach().aminmax()).tolist()
     if low < -1e-3 or high > 1 + 1e-3:
         raise ValueError(f"images reach from {low:.3g} to {high:.3g}: rewards take pixels in [0, 1] and never rescale.")
 

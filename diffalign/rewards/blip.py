@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from diffalign._compat import ensure_torchvision
-from diffalign.rewards.weights import filled
+from diffalign.rewards.weights import filled, within
 
 _HEAD_WIDTH = 64  # of every ViT and BERT that BLIP is made of
 
@@ -50,8 +50,8 @@ def load_blip(weights: dict[str, Tensor], place: str) -> tuple[Any, Any]:
     ensure_torchvision()
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-    vision = {_vision_name(name): tensor for name, tensor in _within(weights, "visual_encoder.").items()}
-    text = _within(weights, "text_encoder.")
+    vision = {_vision_name(name): tensor for name, tensor in within(weights, "visual_encoder.").items()}
+    text = within(weights, "text_encoder.")
     text.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: older releases saved it
     try:
         vision_config = BlipVisionConfig(**_vision_sizes(vision), hidden_act="gelu", layer_norm_eps=1e-6)
@@ -60,10 +60,6 @@ def load_blip(weights: dict[str, Tensor], place: str) -> tuple[Any, Any]:
         raise ValueError(f"{place} is no checkpoint of BLIP: it lacks what becomes {error.args[0]}") from None
     image_encoder = filled(BlipVisionModel, vision, place, config=vision_config)
     return image_encoder, filled(BlipTextModel, text, place, config=text_config, add_pooling_layer=False)
-
-
-def _within(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _vision_name(name: str) -> str:

@@ -102,10 +102,8 @@ class Combination(Reward):
             reasons: dict[int, str] = {}
             for member, score in zip(self.members, scores, strict=True):
                 parts |= score.parts
-                for index, reason in score.reasons.items():
-                    reasons.setdefault(index, f"{member.name}: {reason}")
-            for member, score in zip(self.members, scores, strict=True):
                 parts.setdefault(member.name, score.value.detach())
+                reasons = {index: f"{member.name}: {reason}" for index, reason in score.reasons.items()} | reasons
             value, sigma, failed = self._combine_valid(scores, prompts, metadata)
         self._tell(failed)
         reasons |= {index: f"{self.name}: {reason}" for index, reason in failed.items()}
@@ -129,7 +127,7 @@ class Combination(Reward):
                 return _scatter(value, index, len(valid)), sigma, failed
             failed |= {index[i]: reason for i, reason in found.items()}
             index = [b for i, b in enumerate(index) if i not in found]
-        return torch.full_like(scores[0].value, math.nan, requires_grad=False), None, failed
+        return torch.full_like(scores[0].value, math.nan), None, failed
 
 
 def _rows(scores: list[Score], index: list[int], prompts: list[str], metadata: list[dict[str, Any]]) -> Rows:
@@ -158,11 +156,8 @@ class WeightedSum(Combination):
             if known is not reward:
                 raise ValueError(f"two rewards of the sum are named {reward.name!r}: give one of them another name.")
             collected[reward.name] = (reward, sum_of_weights + weight)
-        if not collected:
-            raise ValueError("a sum of rewards needs at least one reward.")
         self.terms = list(collected.values())
-        shown = (reward.name if weight == 1 else f"{weight:g}*{reward.name}" for reward, weight in self.terms)
-        super().__init__([reward for reward, _ in self.terms], name or " + ".join(shown))
+        super().__init__([reward for reward, _ in self.terms], name or " + ".join(weighted_names(self.terms)))
 
     def combine(self, rows: Rows) -> Tensor:
         """sum_k w_k r_k."""
@@ -172,6 +167,12 @@ class WeightedSum(Combination):
     def spread(self, rows: Rows) -> Tensor | None:
         """sqrt(sum_k (w_k sigma_k)^2), as of independent errors; None where a member states no sigma."""
         return propagated([weight for _, weight in self.terms], rows.sigmas)
+
+
+def weighted_names(terms: Sequence[tuple[Reward, float]], form: str = "{}") -> list[str]:
+    """``a`` or ``0.5*a`` for each term, in the names of combinations that have none; `form` goes round the ``a``."""
+    shown = [(form.format(reward.name), weight) for reward, weight in terms]
+    return [name if weight == 1 else f"{weight:g}*{name}" for name, weight in shown]
 
 
 def propagated(weights: Sequence[float], sigmas: Sequence[Tensor | None]) -> Tensor | None:

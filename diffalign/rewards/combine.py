@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Reward
-from diffalign.rewards.combination import Combination, Rows, check_terms
+from diffalign.rewards.combination import Combination, Rows, check_terms, weighted_names
 
 _EPSILON = 1e-8
 
@@ -29,8 +29,7 @@ class Harmonic(Combination):
 
     def __init__(self, terms: Sequence[tuple[Reward, float]], name: str | None = None) -> None:
         check_terms(terms, positive=True)
-        shown = (reward.name if weight == 1 else f"{weight:g}*{reward.name}" for reward, weight in terms)
-        super().__init__([reward for reward, _ in terms], name or f"harmonic({', '.join(shown)})")
+        super().__init__([reward for reward, _ in terms], name or f"harmonic({', '.join(weighted_names(terms))})")
         self.weights = [float(weight) for _, weight in terms]
 
     def unfit(self, rows: Rows) -> dict[int, str]:

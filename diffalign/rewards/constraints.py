@@ -16,7 +16,7 @@ from diffalign.rewards.combination import Combination, Rows
 class Lagrangian(Combination):
     """r_0 + sum_k lambda_k (r_k - c_k): maximise r_0 while E r_k >= c_k, with lambda_k >= 0 by dual descent.
 
-    `update`, which a `Trainer` calls once a step: lambda_k <- max(0, lambda_k - eta (mean r_k - c_k)). A constraint
+    `observe`, which a trainer calls once a step: lambda_k <- max(0, lambda_k - eta (mean r_k - c_k)). A constraint
     that is broken weighs more from step to step, one that is met less, down to nothing. To hold a reward below a bound,
     constrain its negative: ``(-a, -bound)``. Composite rewards under such constraints: Moskovitz et al. (2023),
     arXiv:2310.04373; one cost: Safe RLHF, Dai et al. (2023), arXiv:2310.12773. Departures from Safe RLHF: the step is
@@ -24,7 +24,7 @@ class Lagrangian(Combination):
     total grows with the multipliers (methods that standardise advantages do not see it).
 
     Scores depend on the multipliers, so they belong to a checkpoint: `state_dict`. Between updates they are fixed, and
-    a sample's score depends on itself alone. Under several processes give `update` the means over all of them.
+    a sample's score depends on itself alone. Under several processes give `observe` the means over all of them.
 
     Args:
         objective: r_0.
@@ -57,25 +57,21 @@ class Lagrangian(Combination):
         each = zip(self.multipliers.values(), self.thresholds.values(), others, strict=True)
         return objective + sum(multiplier * (value - threshold) for multiplier, threshold, value in each)
 
-    def update(self, parts: Mapping[str, Tensor | float]) -> None:
+    def observe(self, means: Mapping[str, Tensor | float]) -> None:
         """One dual step, lambda_k <- max(0, lambda_k - eta (mean r_k - c_k)).
 
         Args:
-            parts: of a score, or of several: reward name -> its scores, or their mean. Failed ones (NaN) are left out;
-                a multiplier whose reward has none stays.
+            means: reward name -> its mean, or its scores, as in ``parts`` of a score. Failed ones (NaN) are left out; a
+                multiplier whose reward has none stays.
         """
         for name, threshold in self.thresholds.items():
-            if name not in parts:
-                raise ValueError(f"no scores of reward {name!r}, which is constrained; there are {[*parts]}.")
-            values = torch.as_tensor(parts[name], dtype=torch.float64).detach().flatten()
+            if name not in means:
+                raise ValueError(f"no scores of reward {name!r}, which is constrained; there are {[*means]}.")
+            values = torch.as_tensor(means[name], dtype=torch.float64).detach().flatten()
             values = values[values.isfinite()]
             if len(values):
                 slack = float(values.mean()) - threshold
                 self.multipliers[name] = max(0.0, self.multipliers[name] - self.rate * slack)
-
-    def observe(self, means: Mapping[str, float]) -> None:
-        """One dual step, which a trainer asks for after each of its own."""
-        self.update(means)
 
     def state_dict(self) -> dict[str, Any]:
         """The multipliers, as plain numbers."""

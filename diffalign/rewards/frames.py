@@ -26,7 +26,7 @@ class FrameReward(Reward):
     ``sampling="all"`` where the memory is there. Its code publishes no value of the attenuation; here it is 0.
 
     Args:
-        reward: of images; its name and needs are kept.
+        reward: of images; what it reads is kept.
         sampling: "segments": the middle of each of ``number`` segments of floor(F / number) frames, what is left over
             at the end is in none. "uniform": ``number`` frames at equal distances, first and last included. "all".
         number: of frames; InstructVideo's configuration has 4. A video with fewer is a failed score for "segments".
@@ -55,7 +55,7 @@ class FrameReward(Reward):
         self.reward, self.sampling, self.number, self.attenuation = reward, sampling, number, attenuation
         self.name = name or f"{reward.name}-frames"
         self.differentiable = reward.differentiable
-        self.needs, self.token_limit = reward.needs, reward.token_limit
+        self.needs, self.optional, self.token_limit = reward.needs, reward.optional, reward.token_limit
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the image reward."""

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign._compat import ensure_torchvision
 from diffalign.media import quantise
 from diffalign.rewards.clip import CLIPReward
-from diffalign.rewards.encoders import TransformersEncoder
-from diffalign.rewards.weights import filled, find_weights, read_weights
+from diffalign.rewards.encoders.huggingface import tuned_clip
+from diffalign.rewards.weights import find_weights, read_weights
 
 
 class HPSReward(CLIPReward):
@@ -43,7 +42,7 @@ class HPSReward(CLIPReward):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         file = find_weights(str(checkpoint))
-        encoder = TransformersEncoder(tuned(str(base), file).to(dtype), str(base), None, file.stem)
+        encoder = tuned_clip(from_open_clip(read_weights(file)), str(base), str(file), dtype, file.stem)
         edge = encoder.model.config.vision_config.image_size
         encoder.preprocessing = replace(
             encoder.preprocessing, resize_to=edge, crop=None, filter="bicubic", letterbox=True, rounding=False
@@ -53,19 +52,6 @@ class HPSReward(CLIPReward):
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Cosines (B,) of the pixels that would be saved."""
         return super().values(quantise(images), prompts, metadata)
-
-
-def tuned(base: str, file: Path) -> Any:
-    """The `CLIPModel` of the base's config with the checkpoint's weights; the base's own are not loaded.
-
-    Raises:
-        ValueError: the checkpoint is of another architecture.
-    """
-    ensure_torchvision()
-    from transformers import CLIPConfig, CLIPModel
-
-    architecture = CLIPConfig.from_pretrained(base)
-    return filled(CLIPModel, from_open_clip(read_weights(file)), str(file), config=architecture)
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,12 +17,11 @@ from diffalign.rewards.aesthetic import folded
 from diffalign.rewards.base import Reward
 from diffalign.rewards.blip import load_blip
 from diffalign.rewards.preprocessing import ClipPreprocessing
-from diffalign.rewards.prompts import PromptReader, check_tokenizer
-from diffalign.rewards.weights import find_weights, read_weights
+from diffalign.rewards.prompts import PromptCache, PromptReader, check_tokenizer
+from diffalign.rewards.weights import find_weights, read_weights, within
 
 _TOKENS = 35  # to which the model was trained and is evaluated; prompts are padded and cut to it
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072  # of the head's output, beside the published weights
-_CACHED_PROMPTS = 16_384
 
 
 class ImageReward(PromptReader, Reward):
@@ -65,13 +64,9 @@ class ImageReward(PromptReader, Reward):
 
         file = find_weights(str(checkpoint), revision)
         weights = read_weights(file)
-        blip, head = (
-            {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
-            for prefix in ("blip.", "mlp.")
-        )
         self.name = name or file.stem
-        self.vision, self.text = (network.to(dtype) for network in load_blip(blip, str(file)))
-        self.weight, self.bias = folded(head, str(file))
+        self.vision, self.text = (network.to(dtype) for network in load_blip(within(weights, "blip."), str(file)))
+        self.weight, self.bias = folded(within(weights, "mlp."), str(file))
         width, read = self.text.config.hidden_size, len(self.weight)
         if read != width:
             raise ValueError(f"{file}: its head reads {read} numbers, and its text encoder makes {width}")
@@ -79,7 +74,7 @@ class ImageReward(PromptReader, Reward):
         self.preprocessing = ClipPreprocessing(edge, (edge, edge), "bicubic", round_crop=True)
         self.tokenizer = BertTokenizer.from_pretrained(str(tokenizer))
         check_tokenizer(self.tokenizer, self.text.config.vocab_size, str(tokenizer))
-        self._tokens: dict[str, tuple[list[int], list[int]]] = {}
+        self._tokens: PromptCache[tuple[list[int], list[int]]] = PromptCache()
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights."""
@@ -95,7 +90,8 @@ class ImageReward(PromptReader, Reward):
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Scores (B,) float32."""
-        tokens = torch.tensor([self._tokenise(prompt) for prompt in prompts], device=self.device)  # (B, 2, 35)
+        read = [self._tokens.of(prompt, self._tokenise) for prompt in prompts]
+        tokens = torch.tensor(read, device=self.device)  # (B, 2, 35)
         with torch.autocast(self.device.type, enabled=False):
             pixels = self.preprocessing(images.to(self.device))
             seen = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
@@ -104,10 +100,6 @@ class ImageReward(PromptReader, Reward):
 
     def _tokenise(self, prompt: str) -> tuple[list[int], list[int]]:
         """(ids, attention mask), 35 each."""
-        if prompt not in self._tokens:
-            if len(self._tokens) >= _CACHED_PROMPTS:
-                self._tokens.pop(next(iter(self._tokens)))  # the oldest
-            self.tell_length(self.name, prompt, len(self.tokenizer(prompt, verbose=False)["input_ids"]))
-            tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=_TOKENS)
-            self._tokens[prompt] = tokens["input_ids"], tokens["attention_mask"]
-        return self._tokens[prompt]
+        self.tell_length(self.name, prompt, len(self.tokenizer(prompt, verbose=False)["input_ids"]))
+        tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=_TOKENS)
+        return tokens["input_ids"], tokens["attention_mask"]

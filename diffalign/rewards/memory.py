@@ -1,8 +1,6 @@
-"""Whether a batch was too large for the memory, and giving back what can be."""
+"""Whether a batch was too large for the memory."""
 
 from __future__ import annotations
-
-import gc
 
 import torch
 
@@ -14,10 +12,3 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("not enough memory", "can't allocate memory", "out of memory")
     )
-
-
-def free_memory() -> None:
-    """Drops what is garbage, and what torch keeps for later. Call it outside of `except`, which holds the tensors."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize, scaled_dot_product_attention, silu
 
-from diffalign._compat import ensure_torchvision
 from diffalign.rewards.base import Reward
-from diffalign.rewards.encoders.huggingface import TransformersEncoder
-from diffalign.rewards.weights import filled, find_weights, read_weights
+from diffalign.rewards.encoders.huggingface import tuned_clip
+from diffalign.rewards.prompts import PromptCache
+from diffalign.rewards.weights import filled, find_weights, read_weights, within
 
 CONDITION = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -64,28 +64,26 @@ class MPSReward(Reward):
         name: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        ensure_torchvision()
-        from transformers import CLIPConfig, CLIPModel
-
         file = find_weights(str(checkpoint))
         weights = {key.removeprefix("mps."): tensor for key, tensor in read_weights(file).items()}
-        own = {key.removeprefix("model."): weights[key] for key in weights if key.startswith("model.")}
+        own = within(weights, "model.")
         own = {key: tensor for key, tensor in own.items() if not key.endswith("position_ids")}
-        clip = filled(CLIPModel, own, str(file), config=CLIPConfig.from_pretrained(base))
-        cross = _cross_weights(weights)
-        sizes = {"layers": 1 + max((int(key.split(".")[1]) for key in cross), default=-1)}
-        sizes["width"] = clip.config.projection_dim
-        self.cross = filled(CrossModel, cross, str(file), **sizes).to(dtype)
         self.name = name or file.stem
-        self.encoder = TransformersEncoder(clip.to(dtype), str(base), None, self.name)
+        self.encoder = tuned_clip(own, str(base), str(file), dtype, self.name)
+        cross = _cross_weights(weights)
+        layers = 1 + max((int(key.split(".")[1]) for key in cross), default=-1)
+        width = self.encoder.image_width
+        self.cross = filled(CrossModel, cross, str(file), width=width, layers=layers).to(dtype)
         self.token_limit = self.encoder.token_limit
         self.condition = condition
-        self._read: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._sought: Tensor | None = None  # the condition's tokens, once a prompt was read
+        self._read: PromptCache[tuple[Tensor, Tensor, Tensor]] = PromptCache(_CACHED_PROMPTS)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights."""
         self.encoder.to(device)
         self.cross.to(device)
+        self._sought = None
         self._read.clear()
         return self
 
@@ -93,7 +91,8 @@ class MPSReward(Reward):
         """Scores (B,) float32."""
         clip, device = self.encoder.model, self.encoder.device
         with torch.autocast(device.type, enabled=False):
-            tokens, kept, end = (torch.stack(part) for part in zip(*map(self._text, prompts), strict=True))
+            texts = [self._read.of(prompt, self._text) for prompt in prompts]
+            tokens, kept, end = (torch.stack(part) for part in zip(*texts, strict=True))
             pixels = self.encoder.preprocessing(images.to(device)).to(clip.dtype)
             patches = clip.visual_projection(clip.vision_model(pixel_values=pixels).last_hidden_state)
             seen = self.cross(patches, tokens, kept)[:, 0].float()
@@ -101,17 +100,14 @@ class MPSReward(Reward):
 
     def _text(self, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
         """(projected tokens (T, D), which of them count (T,), unit embedding of the end token (D,)) of one prompt."""
-        if prompt not in self._read:
-            if len(self._read) >= _CACHED_PROMPTS:
-                self._read.pop(next(iter(self._read)))  # the oldest
-            self.encoder.tell_length(self.name, prompt, self.encoder.count_tokens(prompt))
-            with torch.inference_mode(False), torch.no_grad():
-                tokens, end = self._projected(prompt)
-                sought, _ = self._projected(self.condition)
-                product = (tokens.float() @ sought.float().T).amax(dim=1)
-                kept = product / product.max() > _THRESHOLD
-                self._read[prompt] = tokens, kept, normalize(end.float(), dim=-1)
-        return self._read[prompt]
+        self.encoder.tell_length(self.name, prompt, self.encoder.count_tokens(prompt))
+        with torch.inference_mode(False), torch.no_grad():
+            if self._sought is None:
+                self._sought, _ = self._projected(self.condition)
+            tokens, end = self._projected(prompt)
+            product = (tokens.float() @ self._sought.float().T).amax(dim=1)
+            kept = product / product.max() > _THRESHOLD
+            return tokens, kept, normalize(end.float(), dim=-1)
 
     def _projected(self, text: str) -> tuple[Tensor, Tensor]:
         clip = self.encoder.model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,18 +28,13 @@ class NetworkPreprocessing(ClipPreprocessing):
     @classmethod
     def from_processor(cls, processor: Any, place: str) -> Self:
         """Reads a processor with its class's defaults in it. ValueError: it does what is not done here, such as pad."""
-        if getattr(processor, "do_pad", False):
+        # What a processor does not tell it does not do; `from_config` would take it for CLIP's.
+        steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+        told = dict.fromkeys((*steps, "size", "resample")) | processor.to_dict()
+        if told.get("do_pad"):
             raise ValueError(f"the image processor of {place} pads: use a network whose processor only resizes.")
-        told = {name: getattr(processor, name, None) for name in ("size", "crop_size", "resample", "rescale_factor")}
-        told |= {f"do_{step}": bool(getattr(processor, f"do_{step}", False)) for step in ("resize", "center_crop")}
-        told |= {f"do_{step}": bool(getattr(processor, f"do_{step}", True)) for step in ("rescale", "normalize")}
-        told |= {name: getattr(processor, name, None) for name in ("image_mean", "image_std")}
-        for name in ("size", "crop_size"):
-            told[name] = told[name] and dict(told[name])
-        plain = ClipPreprocessing.from_config(told)
-        multiple = getattr(processor, "ensure_multiple_of", None) or 1
-        ratio = bool(getattr(processor, "keep_aspect_ratio", False))
-        return cls(**vars(plain), multiple=multiple, keep_ratio=ratio)
+        multiple, keep_ratio = told.get("ensure_multiple_of") or 1, bool(told.get("keep_aspect_ratio"))
+        return replace(cls.from_config(told), multiple=multiple, keep_ratio=keep_ratio)
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
         size = super()._target(height, width)

@@ -39,14 +39,16 @@ class ParetoRank(Combination):
         groups: dict[str, list[int]] = {}
         for i, prompt in enumerate(rows.prompts):
             groups.setdefault(prompt, []).append(i)
-        ranks = torch.empty_like(rows.values[0])
+        values = rows.values.double().cpu()  # sorting asks for numbers at every front
+        ranks = torch.empty_like(values[0])
         for index in groups.values():
-            ranks[index] = _share_beaten(rows.values[:, index].double()).to(ranks)
-        return ranks
+            ranks[index] = _share_beaten(values[:, index]).to(ranks)
+        return ranks.to(rows.values)
 
 
 def _share_beaten(values: Tensor) -> Tensor:
-    front, crowding = fronts(values), crowding_distance(values)
+    front = fronts(values)
+    crowding = crowding_distance(values, front)
     same = front[:, None] == front
     beats = (front[:, None] < front) | same & (crowding[:, None] > crowding)
     ties = same & (crowding[:, None] == crowding)
@@ -78,7 +80,7 @@ def fronts(values: Tensor) -> Tensor:
     return front
 
 
-def crowding_distance(values: Tensor) -> Tensor:
+def crowding_distance(values: Tensor, front: Tensor) -> Tensor:
     """How empty a sample's surroundings on its front are: sum_k of the gap between its neighbours in
     reward k over the range of the front in reward k; infinite at either end of a reward.
 
@@ -88,11 +90,11 @@ def crowding_distance(values: Tensor) -> Tensor:
 
     Args:
         values: (K, N), to be maximised.
+        front: (N,), of each sample: `fronts`.
 
     Returns:
         (N,) float.
     """
-    front = fronts(values)
     distance = torch.zeros_like(values[0])
     for number in front.unique().tolist():
         index = (front == number).nonzero().flatten()

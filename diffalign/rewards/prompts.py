@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class PromptCache(dict[str, T]):
+    """What was made of each prompt; past ``most`` of them the oldest goes."""
+
+    def __init__(self, most: int = 16_384) -> None:
+        super().__init__()
+        self.most = most
+
+    def of(self, prompt: str, make: Callable[[str], T]) -> T:
+        """What `make` makes of a prompt, or made of it before."""
+        if prompt not in self:
+            made = make(prompt)
+            if len(self) >= self.most:
+                del self[next(iter(self))]
+            self[prompt] = made
+        return self[prompt]
 
 
 class PromptReader:

@@ -77,32 +77,19 @@ def part(reward: str | Path | Mapping[str, Any] | RewardRecipe, folder: Path) ->
     if isinstance(reward, RewardRecipe | Mapping):
         recipe = reward if isinstance(reward, RewardRecipe) else _validated(dict(reward), "reward recipe")
         return built(recipe, folder)
-    path, known = _recipe_file(str(reward), folder), _built.get()
-    key = str(reward).casefold() if path is None else str(path.resolve())
+    name, known = str(reward).removeprefix("zoo:").casefold(), _built.get()
+    is_file = str(reward).endswith((".yaml", ".yml"))
+    path = folder / Path(reward).expanduser() if is_file else shipped_recipes().get(name)
+    if path is None and name not in REWARDS.names():
+        raise UnknownName("reward", str(reward), reward_names())
+    key = name if path is None else str(path.resolve())
     if key not in known:
         known[key] = None  # under construction
-        known[key] = REWARDS.get(str(reward))() if path is None else built(read_recipe(path), path.parent)
+        known[key] = REWARDS.get(name)() if path is None else built(read_recipe(path), path.parent)
     found = known[key]
     if found is None:
         raise ValueError(f"reward {reward} is made of itself: name another inside its recipe")
     return found
-
-
-def _recipe_file(reward: str, folder: Path) -> Path | None:
-    """The recipe file of a path or a shipped name; None for what needs none.
-
-    Raises:
-        UnknownName: nothing answers to the name.
-    """
-    if reward.endswith((".yaml", ".yml")):
-        return folder / Path(reward).expanduser()
-    name = reward.removeprefix("zoo:")
-    shipped = shipped_recipes()
-    if name.casefold() in shipped:
-        return shipped[name.casefold()]
-    if name.casefold() not in REWARDS.names():
-        raise UnknownName("reward", reward, reward_names())
-    return None
 
 
 def reward_names() -> list[str]:

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from diffalign.rewards import combination, combine, constraints, ensembles, pareto, references, statistics
+from diffalign.rewards import combination, combine, constraints, ensembles, pareto, references
 from diffalign.rewards.base import Reward
 from diffalign.rewards.recipe import REWARD_TYPES, RewardRecipe, part
+from diffalign.rewards.statistics import StandardisedSum, Statistics
 
 Part = str | dict[str, Any]
 """A reward inside another: its name, the file of its recipe (relative to this one), or a recipe in place."""
@@ -29,14 +30,6 @@ class Constraint(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     reward: Part
     at_least: float
-
-
-class Measured(BaseModel):
-    """Mean and spread of a reward, measured beforehand: `diffalign.rewards.statistics.measure`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    mean: float
-    std: float = Field(gt=0)
 
 
 def _as_term(value: Any) -> Any:
@@ -79,12 +72,11 @@ class WeightedSumRecipe(TermsRecipe):
 class StandardisedSumRecipe(TermsRecipe):
     """sum_k w_k (r_k - mean_k) / std_k."""
 
-    statistics: dict[str, Measured] = Field(description="of each reward, by name")
+    statistics: dict[str, Statistics] = Field(description="mean and std of each reward, by name")
 
     def build(self, folder: Path) -> Reward:
         """A `StandardisedSum`."""
-        known = {name: statistics.Statistics(each.mean, each.std) for name, each in self.statistics.items()}
-        return statistics.StandardisedSum(self.pairs(folder), known, name=self.name)
+        return StandardisedSum(self.pairs(folder), self.statistics, name=self.name)
 
 
 @REWARD_TYPES.register("harmonic")

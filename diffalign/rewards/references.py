@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffalign.rewards.base import Reward, Score
-from diffalign.rewards.combination import Combination, Rows, check_terms
+from diffalign.rewards.combination import Combination, Rows, check_terms, weighted_names
 
 References = Mapping[str, float | Sequence[float]] | str
 """Rewards of reference samples: prompt -> number or numbers, or the key of the metadata that holds them."""
@@ -87,8 +87,7 @@ class LogSigmoid(Combination):
         absent = [reward.name for reward in members if reward.name not in thresholds]
         if absent:
             raise ValueError(f"no threshold of reward {absent[0]!r}; there are thresholds of {[*thresholds]}.")
-        shown = (reward.name if weight == 1 else f"{weight:g}*{reward.name}" for reward, weight in terms)
-        super().__init__(members, name or f"logsigmoid({', '.join(shown)})")
+        super().__init__(members, name or f"logsigmoid({', '.join(weighted_names(terms))})")
         self.weights = [float(weight) for _, weight in terms]
         self.scales = [float((scales or {}).get(reward.name, 1.0)) for reward in members]
         if not all(math.isfinite(scale) and scale > 0 for scale in self.scales):

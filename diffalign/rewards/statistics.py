@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.base import Reward, Score
-from diffalign.rewards.combination import Combination, Rows, check_terms, propagated
+from diffalign.rewards.combination import Combination, Rows, check_terms, propagated, weighted_names
 
 _MAD_TO_STD = 1.482602218505602  # 1 / Phi^-1(3/4): of a normal distribution, std / median absolute deviation
 
@@ -88,8 +88,7 @@ class StandardisedSum(Combination):
         absent = [reward.name for reward, _ in terms if reward.name not in statistics]
         if absent:
             raise ValueError(f"no statistics of reward {absent[0]!r}: measure its scores; there are {[*statistics]}.")
-        shown = (f"z({reward.name})" if weight == 1 else f"{weight:g}*z({reward.name})" for reward, weight in terms)
-        super().__init__([reward for reward, _ in terms], name or " + ".join(shown))
+        super().__init__([reward for reward, _ in terms], name or " + ".join(weighted_names(terms, "z({})")))
         self.weights = [float(weight) for _, weight in terms]
         self.statistics = [statistics[reward.name] for reward, _ in terms]
 

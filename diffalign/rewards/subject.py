@@ -73,7 +73,7 @@ class SubjectSimilarity(Reward):
     Args:
         path: a folder or hub id of DINO, DINOv2, CLIP or SigLIP, or an encoder.
         name: default: the last part of the path.
-        **how: as for `load_encoder`.
+        **how: as for `load_encoder`; a network of images alone takes ``processor`` and ``revision``.
     """
 
     differentiable = True

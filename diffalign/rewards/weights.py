@@ -53,6 +53,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tree
 
 
+def within(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
 def filled(kind: type, weights: dict[str, Tensor], place: str, **how: Any) -> Any:
     """A ``kind(**how)`` that has the weights for its own without a second copy, frozen and in evaluation.
 

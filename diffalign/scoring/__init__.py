@@ -13,10 +13,6 @@ __all__ = ["Result", "RewardSummary", "score"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RewardSummary":
-        from diffalign.scoring.summary import RewardSummary
-
-        return RewardSummary
     if name in __all__:
         from diffalign.scoring import run
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from diffalign.scoring.items import MAX_TEXT_BYTES, MEDIA, Item, one_line, printable, sidecar_text
+from diffalign.scoring.items import MAX_TEXT_BYTES, MEDIA, Item, one_line, printable, sidecar_text, stamp_of
 
 _MAX_READ = 64 * 2**20
 
@@ -28,8 +29,7 @@ def tar_items(path: Path) -> Iterator[Item]:
     The key of a member is its path up to the first dot of its name, as in WebDataset. A tar that breaks off gives
     what came before, and an item that says where it broke.
     """
-    status = path.stat()
-    stamp = (status.st_size, status.st_mtime_ns)
+    stamp = stamp_of(path)
     members: list[tuple[str, Item]] = []
     texts: dict[str, dict[str, Any]] = {}
     problem = None
@@ -82,4 +82,4 @@ def _with_texts(item: Item, texts: dict[str, Any]) -> Item:
             problem = problem or one_line(found)
         elif found is not None:
             prompt, metadata = found[0] or prompt, metadata | found[1]
-    return Item(item.name, item.file, prompt, metadata, item.span, stamp=item.stamp, problem=problem)
+    return replace(item, prompt=prompt, metadata=metadata, problem=problem)

@@ -45,7 +45,6 @@ class Scorer:
     batch_size: int | None = None
     device: torch.device | str = "cpu"
     hits: dict[str, int] = field(default_factory=dict)
-    _last: tuple[list[_Waiting], Tensor] = field(default=([], torch.empty(0)), repr=False)
 
     def score(self, items: Iterable[Decoded]) -> dict[int, Scored]:
         """Index -> scores of every (index, item, pixels) of a chunk; a failure costs its own score and no other."""
@@ -63,26 +62,21 @@ class Scorer:
         return len(bucket) >= size
 
     @torch.no_grad()
-    def measure(self, reward: Reward, batch: Sequence[_Waiting]) -> list[float | str]:
+    def measure(self, reward: Reward, batch: Sequence[_Waiting], pixels: Tensor) -> list[float | str]:
         """Scores of items of one size, or why there are none."""
-        score = reward(self._pixels(batch), [w.item.prompt or "" for w in batch], [w.item.metadata for w in batch])
+        score = reward(pixels, [w.item.prompt or "" for w in batch], [w.item.metadata for w in batch])
         values, valid = score.value.tolist(), score.valid.tolist()
         return [
             float(value) if ok else one_line(score.reasons.get(i, "the score failed"))
             for i, (value, ok) in enumerate(zip(values, valid, strict=True))
         ]
 
-    def _pixels(self, batch: Sequence[_Waiting]) -> Tensor:
-        """The batch on the device; the same tensor for each reward on it, by which they share features."""
-        last, pixels = self._last
-        if len(last) != len(batch) or any(a is not b for a, b in zip(last, batch, strict=True)):
-            stacked = torch.stack([waiting.pixels for waiting in batch])
-            pixels = media.from_uint8(stacked.to(self.device))
-            self._last = (list(batch), pixels)
-        return pixels
+    def pixels(self, batch: Sequence[_Waiting]) -> Tensor:
+        """Of items of one size, on the device."""
+        return media.from_uint8(torch.stack([waiting.pixels for waiting in batch]).to(self.device))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     """An item with scores that are not known yet."""
 
@@ -147,14 +141,18 @@ class _Chunk:
         return keys
 
     def _score(self, shape: torch.Size) -> None:
-        bucket = self.buckets.pop(shape)
+        """A batch for each reward; those on the same items get the same tensor, by which they share features."""
+        bucket, last, pixels = self.buckets.pop(shape), [], None
         with shared_features():
             for reward in self.scorer.rewards:
                 batch = [waiting for waiting in bucket if reward.name in waiting.keys]
-                if batch:
-                    values = self.scorer.measure(reward, batch)
-                    addresses = [(reward.name, waiting.keys[reward.name]) for waiting in batch]
-                    self.answers.update(zip(addresses, values, strict=True))
+                if not batch:
+                    continue
+                if batch != last:
+                    last, pixels = batch, self.scorer.pixels(batch)
+                values = self.scorer.measure(reward, batch, pixels)
+                addresses = [(reward.name, waiting.keys[reward.name]) for waiting in batch]
+                self.answers.update(zip(addresses, values, strict=True))
 
 
 def unmet(reward: Reward, item: Item, pixels: Tensor) -> str | None:

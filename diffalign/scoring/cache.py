@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,8 +15,10 @@ from diffalign.scoring.items import Item
 
 
 def pixel_digest(pixels: Tensor) -> bytes:
-    """Of (3, H, W) uint8: sha256 of the shape and the levels."""
-    return hashlib.sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).digest()
+    """Of uint8 pixels: sha256 of the shape and the levels."""
+    digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
+    digest.update(pixels.flatten().numpy())
+    return digest.digest()
 
 
 def key(pixels: bytes, item: Item, reward: Reward, fingerprint: str) -> bytes:
@@ -39,7 +41,6 @@ class Cache:
     """
 
     def __init__(self, file: Path) -> None:
-        self.hits = 0
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._base = sqlite3.connect(file, timeout=60)
@@ -54,11 +55,10 @@ class Cache:
         row = self._base.execute("SELECT value FROM scores WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
 
-    def put(self, scores: Mapping[bytes, float] | Sequence[tuple[bytes, float]]) -> None:
+    def put(self, scores: Mapping[bytes, float]) -> None:
         """Keeps scores, all of them or none."""
-        rows = scores.items() if isinstance(scores, Mapping) else scores
         with self._base:
-            self._base.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows)
+            self._base.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?)", scores.items())
 
     def close(self) -> None:
         """Closes the file."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as types
 import torch
 from torch import Tensor
 
@@ -25,6 +30,14 @@ Pixels = Tensor | str
 """(3, H, W) uint8, of a video (F, 3, H, W), or why there are none."""
 Decoded = tuple[int, Item, Pixels]
 _Waiting = deque[tuple[int, Item, Future[tuple[Item, Pixels]]]]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of Pillow about files that are decoded all the same; threads undo what `media` does about them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
 
 
 def decode_ahead(items: Iterable[tuple[int, Item]], videos: bool) -> Iterator[Decoded]:
@@ -67,12 +80,12 @@ def _bytes(waiting: _Waiting) -> int:
     return total
 
 
-def decode(item: Item, data: bytes | str | None = None, videos: bool = True) -> tuple[Item, Pixels]:
+def decode(item: Item, data: bytes | str | None, videos: bool) -> tuple[Item, Pixels]:
     """The pixels of one item, and the item with what its file says of itself: the `fps` of a video in its metadata.
 
     Args:
         item: of a file, or of a member of a tar.
-        data: the encoded image where it is a cell of a parquet file, or why that could not be read.
+        data: the encoded image where it is a cell of a parquet file, or why that could not be read; else None.
         videos: whether to open a video.
     """
     if item.problem or isinstance(data, str):
@@ -125,8 +138,6 @@ class _Cells:
 
     def read(self, item: Item) -> bytes | str:
         """The bytes of a cell, or why they cannot be had."""
-        import pyarrow as pa
-
         column, row = item.cell
         try:
             if self.place != (item.file, column):
@@ -142,9 +153,6 @@ class _Cells:
         )
 
     def _open(self, path: Path, column: str) -> None:
-        import pyarrow.parquet as pq
-        import pyarrow.types as types
-
         self.file = pq.ParquetFile(path, pre_buffer=False)  # buffering ahead would hold a whole row group
         self.nested = types.is_struct(self.file.schema_arrow.field(column).type)
         sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]

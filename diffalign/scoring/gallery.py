@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from diffalign import media, report
-from diffalign.report.gallery import enlarged
-from diffalign.scoring.decode import decode_ahead
+from diffalign import media
+from diffalign.report.page import data_uri, template
+from diffalign.scoring.decode import decode_ahead, quiet
 from diffalign.scoring.items import Item
 from diffalign.scoring.summary import RewardSummary
 from diffalign.scoring.table import Columns
@@ -24,6 +20,7 @@ SHOWN = 12
 _SIDE = 256  # pixels of a thumbnail's longer side
 
 
+@quiet()
 def gallery(
     items: Sequence[Item], columns: Columns, summaries: Sequence[RewardSummary], facts: Mapping[str, Any]
 ) -> str:
@@ -55,7 +52,7 @@ def gallery(
         }
         for summary in summaries
     ]
-    return _template().render(facts=facts, sections=sections, style=_style(), rows=len(items))
+    return template(Path(__file__).with_name("gallery.html")).render(facts=facts, sections=sections, rows=len(items))
 
 
 def number(x: float) -> str:
@@ -90,27 +87,4 @@ def _thumbnail(pixels: Tensor | str) -> str | None:
     if isinstance(pixels, str):  # the file is gone since it was scored
         return None
     frame = pixels if pixels.ndim == 3 else pixels[len(pixels) // 2]
-    image, buffer = media.to_pil(frame[None])[0], io.BytesIO()
-    small = max(image.size) <= _SIDE
-    if small:
-        image = enlarged(image, max(1, _SIDE // max(image.size)))
-    else:
-        image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    image.save(buffer, "png" if small else "jpeg", **({"optimize": True} if small else {"quality": 88}))
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-
-
-def _template() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("gallery.html")
-
-
-def _style() -> str:
-    """That of a run's report, so that both pages look the same."""
-    page = (Path(report.__file__).parent / "page.html").read_text(encoding="utf-8")
-    return re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    return data_uri(media.to_pil(frame[None])[0], _SIDE)

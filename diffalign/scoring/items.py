@@ -55,6 +55,12 @@ class Item:
         return blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """(bytes, modification time in ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def file_item(path: Path, prompt: str | None, metadata: dict[str, Any], problem: str | None = None) -> Item:
     """The item of a file, whose presence and kind are looked at here; nothing is opened."""
     stamp = None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.scoring.items import Item, file_item, one_line, printable
+from diffalign.scoring.items import Item, file_item, one_line, printable, stamp_of
 
 PATH_COLUMNS = ("path", "file", "file_name", "filename", "image_path", "image", "video")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
@@ -92,9 +92,7 @@ def _parquet_items(path: Path, prompt_column: str | None) -> Iterator[Item]:
             pixels = next((field.name for field in schema if holds_bytes(field.type)), None)
             column = pixels or _path_column(path, schema.names)
             others = [field.name for field in schema if field.name != pixels and not holds_bytes(field.type)]
-            status = path.stat()
-            stamp = (status.st_size, status.st_mtime_ns)
-            number = 0
+            stamp, number = stamp_of(path), 0
             for batch in file.iter_batches(columns=others):
                 for row in batch.to_pylist() if others else [{} for _ in range(batch.num_rows)]:
                     prompt = _take_prompt(path, row, prompt_column)

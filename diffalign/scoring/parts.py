@@ -17,16 +17,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.engine.output import DiskRefused
 from diffalign.scoring.batches import Scored
 from diffalign.scoring.items import Item
 
 logger = logging.getLogger(__name__)
 
 ROWS = 128
-
-
-class DiskRefused(RuntimeError):
-    """A file could not be written; the message says why, and how to go on."""
 
 
 class Parts:
@@ -51,8 +48,10 @@ class Parts:
         self.rows = ROWS
         starts = range(0, len(items), self.rows)
         self.chunks = [range(start, min(start + self.rows, len(items))) for start in starts]
-        plan = {"inputs": _digest(items), "items": len(items), "rows": self.rows, "rewards": dict(fingerprints)}
-        self._claim(plan, items)
+        columns = {"name": [item.name for item in items], "digest": [item.digest for item in items]}
+        whole = sha256("".join(columns["digest"]).encode()).hexdigest()
+        plan = {"inputs": whole, "items": len(items), "rows": self.rows, "rewards": dict(fingerprints)}
+        self._claim(plan, columns)
 
     def done(self, chunk: int) -> bool:
         """Whether a part is there and whole; one that is not is removed."""
@@ -95,10 +94,9 @@ class Parts:
             raise ValueError("it holds other rows")
         return table
 
-    def _claim(self, plan: dict[str, Any], items: Sequence[Item]) -> None:
+    def _claim(self, plan: dict[str, Any], columns: dict[str, list[str]]) -> None:
         """Writes the plan, or compares it with the one that is there."""
         file, listing = self.folder / "plan.json", self.folder / "inputs.parquet"
-        columns = {"name": [item.name for item in items], "digest": [item.digest for item in items]}
         if not file.exists():
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,13 +116,6 @@ class Parts:
             f"{self.folder} belongs to another run: {'; '.join(told) or 'it was written by another version'}. Choose "
             "another --out, or remove that folder to score everything again."
         )
-
-
-def _digest(items: Sequence[Item]) -> str:
-    digest = sha256()
-    for item in items:
-        digest.update(item.digest.encode())
-    return digest.hexdigest()
 
 
 def _changed_items(before: dict[str, str], now: Mapping[str, Sequence[str]]) -> list[str]:

@@ -17,20 +17,42 @@ if TYPE_CHECKING:
 SUFFIXES = (".parquet", ".csv", ".jsonl")
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class CommonRequest:
+    """What `score` and `bench` are both asked for."""
+
+    rewards: tuple[str | Path | Reward | Callable[..., Any], ...]
+    out: Path
+    batch_size: int | None = None
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError(
+                "no reward was named: give --reward with a name (diffalign ls rewards) or a recipe's file."
+            )
+        for reward in self.rewards:
+            if isinstance(reward, str | Path):
+                _known(str(reward))
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size = {self.batch_size}: give 1 or more, or auto.")
+
+    @property
+    def parts(self) -> Path:
+        """The folder of what is done."""
+        return Path(f"{self.out}.parts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(CommonRequest):
     """The arguments of `score`, which describes them. ValueError and FileNotFoundError say what is wrong."""
 
     inputs: tuple[Path, ...]
-    rewards: tuple[str | Path | Reward | Callable[..., Any], ...]
-    out: Path
     prompts: str | Path | None = None
     prompt_column: str | None = None
-    batch_size: int | None = None
     keep: float | None = None
     per: str | None = None
     shard: tuple[int, int] = (0, 1)
-    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -40,19 +62,11 @@ class Request:
                 raise FileNotFoundError(f"{path} does not exist: give a folder, a file, or a list of files.")
             if path.name.casefold().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
                 raise ValueError(f"{path} is compressed: tars are read in place, so unpack it to a plain .tar first.")
-        if not self.rewards:
-            raise ValueError(
-                "no reward was named: give --reward with a name (diffalign ls rewards) or a recipe's file."
-            )
-        for reward in self.rewards:
-            if isinstance(reward, str | Path):
-                _known(str(reward))
+        super().__post_init__()
         if self.out.suffix not in SUFFIXES:
             raise ValueError(
                 f"out = {self.out}: scores are written as {', '.join(SUFFIXES)}, so end it with one of them."
             )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size = {self.batch_size}: give 1 or more, or auto.")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(
                 f"keep = {self.keep:g}: give the share of rows to keep, above 0 and at most 1, such as 0.1."

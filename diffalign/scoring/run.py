@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from diffalign import rewards as known_rewards
 from diffalign.processes import process_state
 from diffalign.rewards import Reward
 from diffalign.scoring.batches import Scorer
 from diffalign.scoring.cache import Cache
-from diffalign.scoring.decode import decode_ahead
+from diffalign.scoring.decode import Decoded, decode_ahead, quiet
 from diffalign.scoring.fingerprint import fingerprint
 from diffalign.scoring.gallery import gallery
 from diffalign.scoring.inputs import read_inputs
 from diffalign.scoring.items import Item
 from diffalign.scoring.parts import Parts, write_whole
-from diffalign.scoring.request import Request
+from diffalign.scoring.request import CommonRequest, Request
 from diffalign.scoring.summary import RewardSummary, summarise
 from diffalign.scoring.table import best, columns_of, write_table
+
+Loaded = list[tuple[Reward, str | Path | None]]
+"""Rewards, each with the name or file that it was loaded by."""
 
 
 @dataclass(frozen=True)
@@ -103,43 +113,32 @@ def score(
         shard=shard,
         cache=None if cache is None else Path(cache),
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # of files that are scored all the same
-        return _run(request, progress)
+    return run_request(request, progress)
 
 
-def _run(request: Request, progress: bool) -> Result:
-    folder, state = Path(f"{request.out}.parts"), process_state()
-    for path in (request.out, _gallery(request), *([] if request.keep is None else [_kept(request)])):
-        if path.exists() and not folder.exists():
-            raise FileExistsError(f"{path} is there already: remove it, or choose another --out.")
-    items = read_inputs(request)
+def run_request(request: Request, progress: bool = True) -> Result:
+    """As `score`."""
+    check_free(request, request.out, _gallery(request), *([] if request.keep is None else [_kept(request)]))
+    items, state = read_inputs(request), process_state()
     if request.per is not None:
         _check_column(request.per, items)
-    loaded = load_rewards(request, state.device)
-    fingerprints = {reward.name: fingerprint(reward, source) for reward, source in loaded}
-    with state.main_process_first():
-        parts = Parts(folder, items, fingerprints)
-    number, count = request.shard
-    mine, of = number * state.num_processes + state.process_index, count * state.num_processes
-    cache = Cache(request.cache / "scores.sqlite" if request.cache else folder / f"cache-{mine}-of-{of}.sqlite")
-    members = [reward for reward, _ in loaded]
-    scorer = Scorer(members, fingerprints, cache, request.batch_size, state.device)
-    try:
-        score_parts(scorer, parts, items, range(mine, len(parts.chunks), of), progress and state.is_main_process)
-    finally:
-        cache.close()
-    state.wait_for_everyone()
-    missing = parts.missing()
-    result = Result(request.out, missing, len(items), hits=scorer.hits)
-    if state.is_main_process and not missing:
+    parts, hits = score_items(request, items, load_rewards(request), progress, request.shard)
+    result = Result(request.out, parts.missing(), len(items), hits=hits)
+    if state.is_main_process and not result.missing:
         result = _finish(request, items, parts, result)
     state.wait_for_everyone()
     return result
 
 
-def load_rewards(request: Request, device: Any) -> list[tuple[Reward, str | Path | None]]:
-    """The rewards, each with what it was loaded by."""
+def check_free(request: CommonRequest, *files: Path) -> None:
+    """Refuses to write over files that no run left: FileExistsError names the first."""
+    for file in files:
+        if file.exists() and not request.parts.exists():
+            raise FileExistsError(f"{file} is there already: remove it, or choose another --out.")
+
+
+def load_rewards(request: CommonRequest) -> Loaded:
+    """The rewards of a request on the device of this process."""
     found: dict[str, tuple[Reward, str | Path | None]] = {}
     for asked in request.rewards:
         named = isinstance(asked, str | Path)
@@ -151,7 +150,7 @@ def load_rewards(request: Request, device: Any) -> list[tuple[Reward, str | Path
                 f"reward {reward.name!r} compares the samples of a prompt with each other, and files are scored one by "
                 "one: choose another."
             )
-        found[reward.name] = (reward.to(device), asked if named else None)
+        found[reward.name] = (reward.to(process_state().device), asked if named else None)
     return list(found.values())
 
 
@@ -161,31 +160,53 @@ def _check_column(name: str, items: Sequence[Item]) -> None:
         raise ValueError(f"per = {name}: there is no such column; the inputs have {', '.join(columns[:50])}.")
 
 
-def score_parts(scorer: Scorer, parts: Parts, items: Sequence[Item], share: range, show: bool) -> None:
-    """Scores what is not done of a share of the parts, one after the other."""
+@quiet()
+def score_items(
+    request: CommonRequest, items: Sequence[Item], loaded: Loaded, progress: bool, shard: tuple[int, int] = (0, 1)
+) -> tuple[Parts, dict[str, int]]:
+    """Scores the share of this process, which all processes of a launch must do together, and waits for the others.
+
+    Returns:
+        (parts, hits): those of all processes, and reward name -> scores of this one that were known already.
+    """
+    state, (number, count) = process_state(), shard
+    fingerprints = {reward.name: fingerprint(reward, source) for reward, source in loaded}
+    with state.main_process_first():
+        parts = Parts(request.parts, items, fingerprints)
+    mine, of = number * state.num_processes + state.process_index, count * state.num_processes
+    own = request.parts / f"cache-{mine}-of-{of}.sqlite"
+    cache = Cache(request.cache / "scores.sqlite" if request.cache else own)
+    scorer = Scorer([reward for reward, _ in loaded], fingerprints, cache, request.batch_size, state.device)
+    try:
+        _score_parts(scorer, parts, items, range(mine, len(parts.chunks), of), progress and state.is_main_process)
+    finally:
+        cache.close()
+    state.wait_for_everyone()
+    return parts, scorer.hits
+
+
+def _score_parts(scorer: Scorer, parts: Parts, items: Sequence[Item], share: range, show: bool) -> None:
+    """Scores what is not done of a share, part after part, with a bar of items, speed and time left."""
     todo = [chunk for chunk in share if not parts.done(chunk)]
+    total, left = (sum(len(parts.chunks[chunk]) for chunk in chunks) for chunks in (share, todo))
     ahead = ((index, items[index]) for chunk in todo for index in parts.chunks[chunk])
     videos = any(reward.media == "video" for reward in scorer.rewards)
-    total = sum(len(parts.chunks[chunk]) for chunk in share)
-    left = sum(len(parts.chunks[chunk]) for chunk in todo)
-    with _bar(total, total - left, show) as advance:
-        decoded = ((advance(), row)[1] for row in decode_ahead(ahead, videos))
-        for chunk, rows in groupby(decoded, key=lambda row: row[0] // parts.rows):
+    columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), _Speed())
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task("scoring", total=total, completed=total - left)
+
+        def counted(rows: Iterable[Decoded]) -> Iterator[Decoded]:
+            for row in rows:
+                bar.advance(task)
+                yield row
+
+        for chunk, rows in groupby(counted(decode_ahead(ahead, videos)), key=lambda row: row[0] // parts.rows):
             parts.write(chunk, scorer.score(rows))
 
 
-@contextmanager
-def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[], None]]:
-    """Items, speed and time left. Yields what counts one more item."""
-    columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[speed_told]}"), disable=not show) as bar:
-        task = bar.add_task("scoring", total=total, completed=done, speed_told="")
-
-        def advance() -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, advance=1, speed_told=f"{speed:.1f} items/s" if speed else "")
-
-        yield advance
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} items/s" if task.speed else "")
 
 
 def _finish(request: Request, items: Sequence[Item], parts: Parts, result: Result) -> Result:
@@ -199,7 +220,7 @@ def _finish(request: Request, items: Sequence[Item], parts: Parts, result: Resul
     page = gallery(items, columns, summaries, {"inputs": ", ".join(map(str, request.inputs)), "scores": request.out})
     write_whole(_gallery(request), lambda path: path.write_text(page, encoding="utf-8"), parts.folder)
     write_table(columns, request.out, parts.folder)
-    return Result(result.out, 0, result.rows, summaries, _gallery(request), kept, result.hits)
+    return replace(result, summaries=summaries, gallery=_gallery(request), kept=kept)
 
 
 def _gallery(request: Request) -> Path:

@@ -55,9 +55,14 @@ def summarise(
         name=name,
         n=sum(map(len, groups.values())),
         failures=failed.total(),
-        reasons=sorted(failed.most_common(5), key=lambda pair: (-pair[1], pair[0])),
+        reasons=most_frequent(failed),
         mean=float(means.mean()) if len(means) else math.nan,
         low=low,
         high=high,
         prompts=len(means),
     )
+
+
+def most_frequent(reasons: Counter[str]) -> list[tuple[str, int]]:
+    """The five most frequent reasons with their counts, in an order that stands."""
+    return sorted(reasons.most_common(5), key=lambda pair: (-pair[1], pair[0]))

@@ -7,7 +7,6 @@ Gao et al. (2023), arXiv:2210.10760, with the oracle as gold. It may be run whil
 parts that are there. Writes results.json, results.md, gold_by_n.png and gold_by_proxy.png into `--out`.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,12 +23,11 @@ from tests.benchmarks import over_optimisation_proxies as proxies
 from tests.benchmarks.best_of_n import best_of_n, kl
 from tests.benchmarks.over_optimisation_images import (
     GUIDANCE,
-    PROMPTS,
     REFERENCES,
-    SAMPLES,
     STEPS,
     TRAIN_PROMPTS,
     TRAIN_SAMPLES,
+    arguments,
     prompts,
 )
 
@@ -194,11 +192,7 @@ def draw_by_proxy(found, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/over_optimisation"))
-    parser.add_argument("--prompts", type=int, default=PROMPTS)
-    parser.add_argument("--samples", type=int, default=SAMPLES)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     captions, taught = prompts("validation", args.prompts), prompts("train", TRAIN_PROMPTS)
     training = proxies.look(args.out, "train", taught, TRAIN_SAMPLES)
     members, fits = proxies.train_members(args.out, training, taught)

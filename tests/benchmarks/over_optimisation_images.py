@@ -69,12 +69,17 @@ def draw_all(out, split, captions, samples):
         print(f"{split}: part {done} of {len(left)}, {rate:.2f} images/s", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description):
+    """Of this program, and of the one that looks at its images."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/over_optimisation"))
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments(__doc__)
     draw_all(args.out / "images", "train", prompts("train", TRAIN_PROMPTS), TRAIN_SAMPLES)
     draw_all(args.out / "images", "validation", prompts("validation", args.prompts), args.samples)
 

@@ -84,11 +84,11 @@ def test_multipliers_follow_the_means():
     assert whole.name == "red | green>=0.5, blue>=0.2"
     x = pixels(3)
     torch.testing.assert_close(whole(x, prompts(3)).value, x[:, 0, 0, 0])  # no constraint counts at first
-    whole.update({B: torch.tensor([0.1, 0.3, math.nan]), C: 0.9})
+    whole.observe({B: torch.tensor([0.1, 0.3, math.nan]), C: 0.9})
     assert whole.multipliers == pytest.approx({B: 0.6, C: 0.0})  # 0 - 2 (0.2 - 0.5); max(0, 0 - 2 (0.9 - 0.2))
     value = x[:, 0, 0, 0] + 0.6 * (x[:, 1, 0, 0] - 0.5)
     torch.testing.assert_close(whole(x, prompts(3)).value, value)
-    whole.update({B: 0.55, C: torch.tensor([math.nan])})
+    whole.observe({B: 0.55, C: torch.tensor([math.nan])})
     assert whole.multipliers == pytest.approx({B: 0.5, C: 0.0})
 
 
@@ -101,7 +101,7 @@ def test_dual_descent_finds_the_constrained_optimum():
     for _ in range(120):
         leaf = x.clone().requires_grad_()
         score = whole(leaf, prompts(1))
-        whole.update(score.parts)
+        whole.observe(score.parts)
         score.value.sum().backward()
         x = (x + 0.5 * leaf.grad).clamp(0, 1)
     assert x[0, 0].item() == pytest.approx(0.3, abs=1e-4)
@@ -110,14 +110,14 @@ def test_dual_descent_finds_the_constrained_optimum():
 
 def test_the_state_is_plain_numbers_and_comes_back():
     first = Lagrangian(channel(0), [(channel(1), 0.5), (channel(2), 0.5)], rate=1.0)
-    first.update({B: 0.1, C: 0.3})
+    first.observe({B: 0.1, C: 0.3})
     saved = first.state_dict()
     state = json.loads(json.dumps(saved))
     second = Lagrangian(channel(0), [(channel(1), 0.5), (channel(2), 0.5)], rate=1.0)
     second.load_state_dict(state)
     x = pixels(3)
     assert torch.equal(first(x, prompts(3)).value, second(x, prompts(3)).value)
-    first.update({B: 0.1, C: 0.3})
+    first.observe({B: 0.1, C: 0.3})
     assert second.multipliers == pytest.approx({B: 0.4, C: 0.2})  # its own, not shared
     assert saved == state
     with pytest.raises(ValueError, match="constraints are on"):
@@ -129,7 +129,7 @@ def test_the_state_is_plain_numbers_and_comes_back():
 def test_multipliers_do_not_enter_the_graph():
     whole = Lagrangian(channel(0), [(channel(1), 0.5)], rate=1.0)
     score = whole(pixels(2).requires_grad_(), prompts(2))
-    whole.update(score.parts)
+    whole.observe(score.parts)
     assert isinstance(whole.multipliers[B], float)
 
 
@@ -142,4 +142,4 @@ def test_what_a_lagrangian_cannot_take_is_refused():
     with pytest.raises(ValueError, match="rate is 0"):
         Lagrangian(channel(0), [(channel(1), 0.5)], rate=0.0)
     with pytest.raises(ValueError, match="no scores of reward 'green'"):
-        Lagrangian(channel(0), [(channel(1), 0.5)], rate=1.0).update({A: 0.3})
+        Lagrangian(channel(0), [(channel(1), 0.5)], rate=1.0).observe({A: 0.3})

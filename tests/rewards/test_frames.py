@@ -83,12 +83,14 @@ def test_a_video_fails_with_its_frame_and_no_other():
 
 def test_sums_of_rewards_count_too_and_keep_what_they_need():
     total = 2.0 * BRIGHTNESS + rewards.as_reward(mean_squared)
+    total.optional = ("text",)
     reward = FrameReward(total, "all", name="both")
     batch = videos()
     expected = 2 * batch.mean((1, 2, 3, 4)) + (batch**2).mean((1, 2, 3, 4))
     torch.testing.assert_close(reward(batch, ["a", "b"]).value, expected)
     assert reward.differentiable
     assert reward.needs == ("prompt",)
+    assert reward.optional == ("text",)
     assert reward.media == "video"
 
 

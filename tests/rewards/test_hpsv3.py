@@ -13,7 +13,7 @@ from diffalign import media, rewards
 from diffalign.rewards import check_gradient
 from diffalign.rewards.qwen_rewards import HPSv3Reward, hpsv3
 from diffalign.rewards.qwen_rewards.hpsv3_template import TEMPLATE
-from tests.rewards.test_vlm_local import pictures
+from tests.rewards.pictures import larger_pictures as pictures
 from tests.rewards.tiny_qwen import random_model, save_hpsv3, words_of
 
 PROMPTS = ["a cat", "two dogs that run over a wide field, {braces} too", ""]
@@ -36,8 +36,6 @@ def by_hand(folder, image, prompt):
     weights, tokenizer = load_file(folder / "HPSv3.safetensors"), AutoTokenizer.from_pretrained(folder / "base")
     template = json.loads((folder / "base" / "chat_template.json").read_text())["chat_template"]
     model = random_model(folder / "base", words_of(folder / "base") + 1)
-    for module in (model.visual.rotary_pos_emb, model.language_model.rotary_emb):
-        module.inv_freq.copy_(module.inv_freq.bfloat16())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|Reward|>"]})
     image = image.resize((560, 392), Image.Resampling.BICUBIC)
     content = [{"type": "image"}, {"type": "text", "text": TEMPLATE.replace("{prompt}", prompt)}]

@@ -64,16 +64,16 @@ def world(request):
 def test_the_users_and_nearly_the_bayes_rule_are_recovered(world):
     variant, mixtures, fitted = world
     fresh, bayes = choices(variant, mixtures, 4000, 11)
-    accuracy = measure_pal(fitted.model, fresh)["accuracy"]
+    accuracy = measure_pal(fitted.head, fresh)["accuracy"]
     assert bayes - 0.025 < accuracy <= bayes + 0.01
-    found = fitted.model.mixtures([f"user {i}" for i in range(USERS)])[:, 0]
+    found = fitted.head.mixtures([f"user {i}" for i in range(USERS)])[:, 0]
     assert torch.corrcoef(torch.stack([found, mixtures[:, 0]]))[0, 1].abs() > 0.97
 
     def nameless(pairs):
         return UserPairs.of(pairs, ("all",) * len(pairs))
 
     one = fit_pal(nameless(choices(variant, mixtures, 5000, 10)[0]), variant=variant, prototypes=1, **HOW)
-    assert accuracy > measure_pal(one.model, nameless(fresh))["accuracy"] + 0.07  # what one reward for all can do
+    assert accuracy > measure_pal(one.head, nameless(fresh))["accuracy"] + 0.07  # what one reward for all can do
 
 
 def test_a_few_choices_of_a_new_user_beat_the_population(world):
@@ -82,11 +82,11 @@ def test_a_few_choices_of_a_new_user_beat_the_population(world):
     gains, best = {8: [], 64: []}, []
     for user in range(16):
         fresh, bayes = choices(variant, strangers, 800, 500 + user, user)
-        everyone = measure_pal(fitted.model, fresh, fitted.model.population)["accuracy"]
+        everyone = measure_pal(fitted.head, fresh, fitted.head.population)["accuracy"]
         best.append(bayes - everyone)
         for count, found in gains.items():
-            mixture = fit_user(fitted.model, choices(variant, strangers, count, 100 + user, user)[0])
-            found.append(measure_pal(fitted.model, fresh, mixture)["accuracy"] - everyone)
+            mixture = fit_user(fitted.head, choices(variant, strangers, count, 100 + user, user)[0])
+            found.append(measure_pal(fitted.head, fresh, mixture)["accuracy"] - everyone)
     few, many, bayes = (torch.tensor(found) for found in (gains[8], gains[64], best))
     assert few.mean() > 0.04
     assert few.mean() > 3 * few.std() / 4  # of 16 users
@@ -136,7 +136,7 @@ def test_gradients_and_invariances(variant, hidden):
 def test_a_new_user_is_the_minimum_of_the_stated_objective(world):
     variant, mixtures, fitted = world
     few, _ = choices(variant, mixtures, 6, 3, 0)
-    model = fitted.model
+    model = fitted.head
     grid = torch.linspace(1e-4, 1 - 1e-4, 4001, dtype=torch.float64)
     margin = [
         model(few.first, few.text, row.expand(6, -1)) - model(few.second, few.text, row.expand(6, -1))
@@ -158,8 +158,8 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another():
     state = torch.get_rng_state()
     one, two, other = (fit_pal(pairs, epochs=3, dimension=SPACE, hidden=3, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
-    assert not torch.equal(one.model.points, other.model.points)
+    assert all(torch.equal(a, b) for a, b in zip(one.head.parameters(), two.head.parameters(), strict=True))
+    assert not torch.equal(one.head.points, other.head.points)
 
 
 def test_what_is_wrong_is_told():
@@ -194,7 +194,7 @@ def test_a_model_comes_back_from_its_files(encoder, tiny_clip, tmp_path, variant
     pairs = encode_pairs(encoder, pictures(count), pictures(count, 1), prompts, [1, -1] * 12)
     mine = UserPairs.of(pairs, ("ann", "bob", "7") * 8)
     fitted = fit_pal(mine, mine, variant=variant, prototypes=3, dimension=5, hidden=4, epochs=2)
-    fitted = replace(fitted, model=fitted.model.with_user("new", fit_user(fitted.model, pairs.take(torch.arange(4)))))
+    fitted = replace(fitted, head=fitted.head.with_user("new", fit_user(fitted.head, pairs.take(torch.arange(4)))))
     file = write_pal(tmp_path, "tastes", fitted, path=str(tiny_clip), licence="MIT", source="a test")
     reward = rewards.load(file)
     assert isinstance(reward, PalReward)
@@ -203,7 +203,7 @@ def test_a_model_comes_back_from_its_files(encoder, tiny_clip, tmp_path, variant
     who = [{"user": "ann"}, {"user": "new"}, {"user": 7}]
     score = reward(pictures(3), prompts[:3], who)
     assert score.valid.all()
-    direct = PalReward(encoder, fitted.model)
+    direct = PalReward(encoder, fitted.head)
     assert torch.equal(direct(pictures(3), prompts[:3], who).value, score.value)
     alone = torch.cat([reward(pictures(3)[i : i + 1], prompts[i : i + 1], who[i : i + 1]).value for i in range(3)])
     torch.testing.assert_close(alone, score.value)

@@ -18,7 +18,7 @@ from diffalign.rewards import check_gradient
 from diffalign.rewards.qwen_rewards import VideoReward, video_reward
 from diffalign.rewards.qwen_rewards.video_frames import frame_indices
 from diffalign.rewards.qwen_rewards.video_template import TEMPLATE
-from tests.rewards.test_vlm_local import pictures
+from tests.rewards.pictures import larger_pictures as pictures
 from tests.rewards.tiny_qwen import MODEL_CONFIG, random_model, save_video_reward, words_of
 
 PROMPTS = ["a cat", "two dogs that run over a wide field"]
@@ -49,8 +49,6 @@ def merged_model(folder):
             if f"{module}.lora_A.default.weight" in weights:
                 low, high = (weights[f"{module}.lora_{letter}.default.weight"] for letter in "AB")
                 parameter += 6 / 3 * high @ low
-    for module in (model.visual.rotary_pos_emb, model.language_model.rotary_emb):
-        module.inv_freq.copy_(module.inv_freq.bfloat16())
     return model, weights["base_model.model.rm_head.weight"]
 
 

@@ -65,7 +65,7 @@ def save_base(folder: Path) -> Path:
 
 
 def random_model(base: Path, words: int, seed: int = 0):
-    """A `Qwen2VLModel` of the base's sizes that knows so many words."""
+    """A `Qwen2VLModel` of the base's sizes that knows so many words, its rotary frequencies rounded as the authors'."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     config = Qwen2VLConfig.from_pretrained(base)
@@ -76,6 +76,8 @@ def random_model(base: Path, words: int, seed: int = 0):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)  # away from the near-constant network of the initialisation
+    for module in (model.visual.rotary_pos_emb, model.language_model.rotary_emb):
+        module.inv_freq.copy_(module.inv_freq.bfloat16())
     return model
 
 

@@ -36,7 +36,7 @@ class ConditionReward(Reward):
         """The maps (B, ..., h, w) of images (B, 3, H, W) in [0, 1]."""
         raise NotImplementedError
 
-    def target(self, condition: Any, images: Tensor, prediction: Tensor) -> Tensor:
+    def target(self, condition: Any, prediction: Tensor) -> Tensor:
         """The map (h, w) that one sample was asked for, on the grid of the prediction. ValueError: it is no map."""
         raise NotImplementedError
 
@@ -52,16 +52,16 @@ class ConditionReward(Reward):
         """How uncertain each pixel is (B, h, w), from two predictions."""
         return (first - second).abs()
 
-    def targets(self, images: Tensor, prediction: Tensor, metadata: Metadata) -> Tensor:
+    def targets(self, prediction: Tensor, metadata: Metadata) -> Tensor:
         """The maps (B, h, w) that the samples were asked for."""
         key = self.needs[0]
-        found = [self.target(entry.get(key), images, prediction) for entry in metadata]
+        found = [self.target(entry.get(key), prediction) for entry in metadata]
         return torch.stack([each.to(prediction.device) for each in found])
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Minus the mean errors (B,)."""
         prediction = self.predict(images)
-        targets = self.targets(images, prediction, metadata)
+        targets = self.targets(prediction, metadata)
         return -_mean(self.errors(prediction, targets), self.counted(targets))
 
 
@@ -98,7 +98,7 @@ def uncertainty_weighted_loss(
     if not weight >= 0:
         raise ValueError(f"weight is {weight}: below 0 it would reward uncertainty.")
     first, second = reward.predict(images), reward.predict(others)
-    targets = reward.targets(images, first, metadata)
+    targets = reward.targets(first, metadata)
     uncertainty = reward.disagreement(first, second)
     rectified = _mean((-uncertainty).exp() * reward.errors(first, targets), reward.counted(targets))
     return rectified + weight * uncertainty.flatten(1).mean(dim=1)

@@ -40,11 +40,12 @@ class DepthConsistency(ConditionReward):
             resize(self.network(images).predicted_depth, tuple(images.shape[-2:]), "bilinear", rounding=False)
         )
 
-    def target(self, condition: Any, images: Tensor, prediction: Tensor) -> Tensor:
+    def target(self, condition: Any, prediction: Tensor) -> Tensor:
         """(H, W), 1 at its maximum. ValueError: it has no depth above 0."""
-        wanted = picture(condition, "depth").to(prediction).mean(dim=0)
+        wanted = picture(condition, "depth").to(prediction.dtype).mean(dim=0)
         if not wanted.max() > 0:
             raise ValueError(f"depth has the maximum {float(wanted.max()):g}: a map of depth reaches above 0")
+        wanted = wanted.to(prediction.device)  # only now: the check of a file's map waits for no device
         return _relative(resize(wanted, tuple(prediction.shape[-2:]), "bilinear", rounding=False)[None])[0]
 
 

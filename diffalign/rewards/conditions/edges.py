@@ -35,7 +35,7 @@ class EdgeConsistency(ConditionReward):
         """Edge strengths (B, H, W)."""
         return edge_strength(images)
 
-    def target(self, condition: Any, images: Tensor, prediction: Tensor) -> Tensor:
+    def target(self, condition: Any, prediction: Tensor) -> Tensor:
         """Edge strengths (H, W) of the picture. ValueError: strengths of another size."""
         wanted, size = picture(condition, "edges").to(prediction), tuple(prediction.shape[-2:])
         if len(wanted) == 3:

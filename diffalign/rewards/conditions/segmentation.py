@@ -42,7 +42,7 @@ class SegmentationConsistency(ConditionReward):
         """Logits (B, K, h, w)."""
         return self.network(images).logits
 
-    def target(self, condition: Any, images: Tensor, prediction: Tensor) -> Tensor:
+    def target(self, condition: Any, prediction: Tensor) -> Tensor:
         """Class numbers (h, w). ValueError: the map has colours, or a class that the network does not know."""
         wanted = picture(condition, "segmentation")
         if not isinstance(condition, Tensor):

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from diffalign.rewards.preprocessing import ClipPreprocessing
-from diffalign.rewards.prompts import PromptReader
+from diffalign.rewards.prompts import PromptCache, PromptReader
 
-_CACHED_PROMPTS = 16_384
 _shared: ContextVar[dict[tuple, tuple[Tensor, Tensor]] | None] = ContextVar("shared_features", default=None)
 
 
@@ -62,7 +61,7 @@ class DualEncoder(PromptReader):
     model: Any
 
     def __init__(self) -> None:
-        self._text: dict[str, Tensor] = {}
+        self._text: PromptCache[Tensor] = PromptCache()
 
     def to(self, device: torch.device | str) -> None:
         """Moves the weights."""
@@ -99,7 +98,7 @@ class DualEncoder(PromptReader):
 
     def text_features(self, prompts: list[str]) -> Tensor:
         """Unit embeddings (B, D) float32; each distinct prompt is encoded once and kept."""
-        return torch.stack([self._text_feature(prompt) for prompt in prompts])
+        return torch.stack([self._text.of(prompt, self._text_feature) for prompt in prompts])
 
     def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine (B,) float32 of each image and its prompt."""
@@ -118,12 +117,8 @@ class DualEncoder(PromptReader):
         raise NotImplementedError
 
     def _text_feature(self, prompt: str) -> Tensor:
-        if prompt not in self._text:
-            if len(self._text) >= _CACHED_PROMPTS:
-                self._text.pop(next(iter(self._text)))  # the oldest
-            self.tell_length(self.label, prompt, self.count_tokens(prompt))
-            # inference_mode(False): what is kept may meet autograd later
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                features = self.encode_text(prompt).float()
-                self._text[prompt] = features / features.norm()
-        return self._text[prompt]
+        self.tell_length(self.label, prompt, self.count_tokens(prompt))
+        # inference_mode(False): what is kept may meet autograd later
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            features = self.encode_text(prompt).float()
+            return features / features.norm()

@@ -11,6 +11,7 @@ from diffalign._compat import ensure_torchvision
 from diffalign.rewards.encoders.base import DualEncoder
 from diffalign.rewards.preprocessing import ClipPreprocessing
 from diffalign.rewards.prompts import check_tokenizer
+from diffalign.rewards.weights import filled
 
 
 class TransformersEncoder(DualEncoder):
@@ -97,6 +98,21 @@ def load_model(path: str, revision: str | None, dtype: torch.dtype) -> Any:
             f"{path} lacks {len(absent)} weights of a {known[kind].__name__}, such as {absent[0]}: it is another model."
         )
     return model
+
+
+def tuned_clip(
+    weights: dict[str, Tensor], base: str, place: str, dtype: torch.dtype, label: str
+) -> TransformersEncoder:
+    """A `CLIPModel` of the base's sizes with these weights, and the base's tokenizer; the base's own are not loaded.
+
+    Raises:
+        ValueError: the weights, which are from `place`, are of another architecture.
+    """
+    ensure_torchvision()
+    from transformers import CLIPConfig, CLIPModel
+
+    model = filled(CLIPModel, weights, place, config=CLIPConfig.from_pretrained(base))
+    return TransformersEncoder(model.to(dtype), base, None, label)
 
 
 def _tensor(output: Any) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.media import quantise
 from diffalign.rewards.encoders import DualEncoder
 from diffalign.rewards.geneval.rules import COLOURS, Found
 
@@ -27,7 +26,6 @@ class Colours:
 
     def __init__(self, encoder: DualEncoder) -> None:
         self.encoder = encoder
-        self._kept: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, image: Tensor, objects: Sequence[Found], name: str) -> list[str]:
@@ -35,20 +33,17 @@ class Colours:
         names = self._embeddings(name)
         # one by one: cuttings differ in size, and a colour must not depend on the others
         seen = [self.encoder.image_features(cutting(image, each)[None])[0] for each in objects]
-        return [COLOURS[int((names.to(each.device) @ each).argmax())] for each in seen]
+        return [COLOURS[int((names @ each).argmax())] for each in seen]
 
     def _embeddings(self, name: str) -> Tensor:
         """Unit embeddings (10, D) of the colours of a class."""
-        if name not in self._kept:
-            captions = [t.format(colour=colour, name=name) for colour in COLOURS for t in _TEMPLATES]
-            means = self.encoder.text_features(captions).unflatten(0, (len(COLOURS), len(_TEMPLATES))).mean(dim=1)
-            self._kept[name] = means / means.norm(dim=-1, keepdim=True)
-        return self._kept[name]
+        captions = [t.format(colour=colour, name=name) for colour in COLOURS for t in _TEMPLATES]
+        means = self.encoder.text_features(captions).unflatten(0, (len(COLOURS), len(_TEMPLATES))).mean(dim=1)
+        return means / means.norm(dim=-1, keepdim=True)
 
 
 def cutting(image: Tensor, found: Found) -> Tensor:
     """The part (3, h, w) of an image (3, H, W) inside of a box, of at least one pixel, grey where the mask is not."""
-    image = quantise(image)
     if found.mask is not None:
         image = torch.where(found.mask.to(image.device), image, _GROUND)
     height, width = image.shape[-2:]

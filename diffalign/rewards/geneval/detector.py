@@ -89,7 +89,7 @@ class InstanceDetector:
                 continue
             score = float(likely[query, label] * mask.sigmoid()[inside].mean())
             if score > THRESHOLD:
-                found.append(Found(self.names[label], score, extent(inside), inside.cpu()))
+                found.append(Found(self.names[label], score, extent(inside), inside))
         return found
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffalign.rewards.pal.model import PalModel, Variant
-from diffalign.rewards.preference import Pairs, bradley_terry
+from diffalign.rewards.preference import Fitted, Pairs, bradley_terry
 from diffalign.rewards.preference.fit import descend
 
 
@@ -35,27 +36,6 @@ class UserPairs(Pairs):
         """Pairs, such as those of `encode_pairs`, with their users."""
         return cls(pairs.first, pairs.second, pairs.text, pairs.outcome, pairs.prompts, tuple(users))
 
-    def take(self, rows: Tensor) -> UserPairs:
-        """The pairs of these indices (M,)."""
-        return UserPairs.of(super().take(rows), tuple(self.users[i] for i in rows.tolist()))
-
-
-@dataclass(frozen=True)
-class FittedPal:
-    """A trained model, and what it reached.
-
-    Attributes:
-        model: in evaluation mode, on the host.
-        epoch: after which its weights were taken.
-        validation: figures of `measure_pal` on pairs that it did not learn from.
-        training: on those that it did.
-    """
-
-    model: PalModel
-    epoch: int
-    validation: dict[str, float]
-    training: dict[str, float]
-
 
 def fit_pal(
     pairs: UserPairs,
@@ -66,12 +46,9 @@ def fit_pal(
     dimension: int = 32,
     hidden: int = 0,
     learning_rate: float = 1e-2,
-    weight_decay: float = 0.01,
-    batch_size: int = 64,
-    epochs: int = 200,
-    patience: int = 20,
     seed: int = 0,
-) -> FittedPal:
+    **how: Any,
+) -> Fitted[PalModel]:
     """The prototypes, the map and the users' mixtures that make the choices most probable, as `fit_preference` does.
 
     The loss is the cross-entropy of the choices under Bradley and Terry's model, with each choice judged by its user's
@@ -86,48 +63,30 @@ def fit_pal(
         dimension: of the space that images are mapped into.
         hidden: width of the map's hidden layer; 0: a linear map.
         learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        batch_size: pairs a step.
-        epochs: at most.
-        patience: epochs without a better validation likelihood after which it stops.
         seed: of the first weights, the order and the split.
+        **how: weight_decay, batch_size, epochs and patience, as for `descend`.
 
     Raises:
         ValueError: validation has a user who made no choice in `pairs`.
     """
     if validation is None:
         pairs, validation = pairs.split(0.2, seed)
-        known = torch.tensor([user in set(pairs.users) for user in validation.users])
-        validation = validation.take(known.nonzero().flatten())
+        known = set(pairs.users)
+        rows = [row for row, user in enumerate(validation.users) if user in known]
+        validation = validation.take(torch.tensor(rows, dtype=torch.long))
     users = sorted(set(pairs.users))
     shape = {"prototypes": prototypes, "dimension": dimension, "hidden": hidden}
     model = PalModel(pairs.first.shape[1], users, variant=variant, seed=seed, **shape)
-    model.mixtures(validation.users)
-    best_epoch = descend(
-        model,
-        lambda rows: -_log_probability(model, pairs, rows).mean(),
-        len(pairs),
-        lambda: -_log_probability(model, validation).mean(),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        epochs=epochs,
-        patience=patience,
-        seed=seed,
-    )
-    model.eval().requires_grad_(False)
-    return FittedPal(model, best_epoch, measure_pal(model, validation), measure_pal(model, pairs))
+    model.mixtures(validation.users)  # names a user who is not known before any training
+    return descend(model, pairs, validation, _loss, measure_pal, learning_rate=learning_rate, seed=seed, **how)
 
 
-def _margin(model: PalModel, pairs: Pairs, mixture: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-    text = pairs.text[rows]
-    return model(pairs.first[rows], text, mixture) - model(pairs.second[rows], text, mixture)
+def _margin(model: PalModel, pairs: Pairs, mixture: Tensor) -> Tensor:
+    return model(pairs.first, pairs.text, mixture) - model(pairs.second, pairs.text, mixture)
 
 
-def _log_probability(model: PalModel, pairs: UserPairs, rows: Tensor | None = None) -> Tensor:
-    index = torch.arange(len(pairs)) if rows is None else rows
-    mixture = model.mixtures([pairs.users[i] for i in index.tolist()])
-    return bradley_terry(_margin(model, pairs, mixture, index), pairs.outcome[index])
+def _loss(model: PalModel, pairs: UserPairs) -> Tensor:
+    return -bradley_terry(_margin(model, pairs, model.mixtures(pairs.users)), pairs.outcome).mean()
 
 
 @torch.no_grad()
@@ -140,9 +99,10 @@ def measure_pal(model: PalModel, pairs: UserPairs, mixture: Tensor | None = None
         mixture: (K,) of all of them in the place of their own, such as ``model.population``.
     """
     each = model.mixtures(pairs.users) if mixture is None else mixture.to(pairs.first).expand(len(pairs), -1)
-    margin = _margin(model, pairs, each) * pairs.outcome
-    right = torch.where(margin == 0, 0.5, (margin > 0).float()).mean()
-    return {"pairs": len(pairs), "nll": -float(bradley_terry(margin, torch.ones(())).mean()), "accuracy": float(right)}
+    margin = _margin(model, pairs, each)
+    nll = -bradley_terry(margin, pairs.outcome).mean()
+    right = torch.where(margin == 0, 0.5, (margin * pairs.outcome > 0).float()).mean()
+    return {"pairs": len(pairs), "nll": float(nll), "accuracy": float(right)}
 
 
 def fit_user(model: PalModel, pairs: Pairs, *, prior: float = 1.0) -> Tensor:
@@ -172,7 +132,7 @@ def fit_user(model: PalModel, pairs: Pairs, *, prior: float = 1.0) -> Tensor:
     with torch.no_grad():
         one_hot = torch.eye(model.logits.shape[1], device=model.logits.device, dtype=model.logits.dtype)
         columns = [_margin(model, pairs, row.expand(len(pairs), -1)) for row in one_hot]
-        margins = torch.stack(columns, dim=1).double() * pairs.outcome[:, None]
+        margins = torch.stack(columns, dim=1).double()
         mean = model.population.double()
     logits = mean.log().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -182,7 +142,7 @@ def fit_user(model: PalModel, pairs: Pairs, *, prior: float = 1.0) -> Tensor:
     def closure() -> Tensor:
         optimizer.zero_grad()
         log_mixture = logits.log_softmax(dim=0)
-        choices = bradley_terry(margins @ log_mixture.exp(), torch.ones((), device=margins.device)).sum()
+        choices = bradley_terry(margins @ log_mixture.exp(), pairs.outcome).sum()
         loss = -choices - prior * (mean * log_mixture).sum()
         loss.backward()
         return loss

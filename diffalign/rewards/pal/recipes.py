@@ -21,4 +21,4 @@ class PalRecipe(EncoderRecipe):
         """A `PalReward`."""
         from diffalign.rewards.pal.reward import PalReward
 
-        return PalReward(model=located(self.weights, folder), name=self.name, **self.where(folder))
+        return PalReward(head=located(self.weights, folder), name=self.name, **self.where(folder))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.rewards.encoders import DualEncoder
 from diffalign.rewards.preference.head import Likelihood, PreferenceHead
+
+Head = TypeVar("Head", bound=nn.Module)
+Choices = TypeVar("Choices", bound="Pairs")
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,16 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.outcome)
 
-    def take(self, rows: Tensor) -> Pairs:
+    def take(self, rows: Tensor) -> Self:
         """The pairs of these indices (M,); an index may occur often, as in a bootstrap."""
-        parts = (self.first[rows], self.second[rows], self.text[rows], self.outcome[rows])
-        return Pairs(*parts, tuple(self.prompts[i] for i in rows.tolist()))
+        index = rows.tolist()
+        parts = {
+            name: part[rows] if isinstance(part, Tensor) else tuple(part[i] for i in index)
+            for name, part in vars(self).items()
+        }
+        return replace(self, **parts)
 
-    def split(self, share: float, seed: int) -> tuple[Pairs, Pairs]:
+    def split(self, share: float, seed: int) -> tuple[Self, Self]:
         """(the rest, about `share` of the prompts with all their pairs).
 
         Raises:
@@ -80,17 +88,17 @@ def encode_pairs(
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Fitted(Generic[Head]):
     """A trained head, and what it reached.
 
     Attributes:
         head: in evaluation mode, on the host.
         epoch: after which its weights were taken; the last was `patience` later, or `epochs`.
-        validation: figures of `measure` on pairs that it did not learn from.
+        validation: figures on pairs that it did not learn from.
         training: on those that it did.
     """
 
-    head: PreferenceHead
+    head: Head
     epoch: int
     validation: dict[str, float]
     training: dict[str, float]
@@ -103,12 +111,9 @@ def fit_preference(
     likelihood: Likelihood = "bradley-terry",
     hidden: int = 64,
     learning_rate: float = 1e-3,
-    weight_decay: float = 0.01,
-    batch_size: int = 64,
-    epochs: int = 200,
-    patience: int = 20,
     seed: int = 0,
-) -> Fitted:
+    **how: Any,
+) -> Fitted[PreferenceHead]:
     """The head that makes the choices most probable: maximum likelihood by AdamW, stopped on validation.
 
     The same pairs and seed give the same head on one machine. A head with ties forgets them: its reward is r alone.
@@ -120,11 +125,8 @@ def fit_preference(
             says how sure it is (decided pairs).
         hidden: width of its hidden layer; 0: a linear head.
         learning_rate: of AdamW.
-        weight_decay: of AdamW.
-        batch_size: pairs a step.
-        epochs: at most.
-        patience: epochs without a better validation likelihood after which it stops.
         seed: of the first weights, the order and the split.
+        **how: weight_decay, batch_size, epochs and patience, as for `descend`.
 
     Raises:
         ValueError: ties for a likelihood that has none.
@@ -135,72 +137,59 @@ def fit_preference(
     if ties and likelihood != "rao-kupper":
         raise ValueError(f"{ties} of the pairs are ties, and {likelihood} knows none: take rao-kupper, or drop them.")
     head = PreferenceHead(pairs.first.shape[1], hidden, likelihood, seed=seed)
-    best_epoch = descend(
-        head,
-        lambda rows: _loss(head, pairs, rows),
-        len(pairs),
-        lambda: _loss(head, validation),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        epochs=epochs,
-        patience=patience,
-        seed=seed,
-    )
-    head.eval().requires_grad_(False)
-    return Fitted(head, best_epoch, measure(head, validation), measure(head, pairs))
+    return descend(head, pairs, validation, _loss, measure, learning_rate=learning_rate, seed=seed, **how)
 
 
 def descend(
-    model: nn.Module,
-    loss: Callable[[Tensor], Tensor],
-    count: int,
-    held_out: Callable[[], Tensor],
+    head: Head,
+    pairs: Choices,
+    validation: Choices,
+    loss: Callable[[Head, Choices], Tensor],
+    figures: Callable[[Head, Choices], dict[str, float]],
     *,
     learning_rate: float,
-    weight_decay: float,
-    batch_size: int,
-    epochs: int,
-    patience: int,
-    seed: int,
-) -> int:
-    """Minimises a loss by AdamW, stops on held-out data, and leaves the weights of the best epoch in the model.
+    weight_decay: float = 0.01,
+    batch_size: int = 64,
+    epochs: int = 200,
+    patience: int = 20,
+    seed: int = 0,
+) -> Fitted[Head]:
+    """Minimises a loss of pairs by AdamW, stops on validation, and leaves the weights of the best epoch in the head.
 
     Args:
-        model: whose parameters are learned.
-        loss: mean over the rows of these indices (M,).
-        count: of the rows.
-        held_out: loss on data that are not learned from.
+        head: whose parameters are learned.
+        pairs: to learn from.
+        validation: to stop on.
+        loss: mean over pairs.
+        figures: of the trained head on pairs.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
-        batch_size: rows a step.
+        batch_size: pairs a step.
         epochs: at most.
-        patience: epochs without a lower held-out loss after which it stops.
-        seed: of the order of the rows.
-
-    Returns:
-        The best epoch.
+        patience: epochs without a lower validation loss after which it stops.
+        seed: of the order of the pairs.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     order = torch.Generator().manual_seed(seed)
-    best, best_epoch, best_state = float("inf"), 0, copy.deepcopy(model.state_dict())
+    best, best_epoch, best_state = float("inf"), 0, copy.deepcopy(head.state_dict())
     for epoch in range(1, epochs + 1):
-        for rows in torch.randperm(count, generator=order).split(batch_size):
+        for rows in torch.randperm(len(pairs), generator=order).split(batch_size):
             optimizer.zero_grad(set_to_none=True)
-            loss(rows).backward()
+            loss(head, pairs.take(rows)).backward()
             optimizer.step()
         with torch.no_grad():
-            found = float(held_out())
+            found = float(loss(head, validation))
         if found < best:
-            best, best_epoch, best_state = found, epoch, copy.deepcopy(model.state_dict())
+            best, best_epoch, best_state = found, epoch, copy.deepcopy(head.state_dict())
         elif epoch - best_epoch >= patience:
             break
-    model.load_state_dict(best_state)
-    return best_epoch
+    head.load_state_dict(best_state)
+    head.eval().requires_grad_(False)
+    return Fitted(head, best_epoch, figures(head, validation), figures(head, pairs))
 
 
-def _loss(head: PreferenceHead, pairs: Pairs, rows: Tensor | slice = slice(None)) -> Tensor:
-    return -head.log_probability(pairs.first[rows], pairs.second[rows], pairs.text[rows], pairs.outcome[rows]).mean()
+def _loss(head: PreferenceHead, pairs: Pairs) -> Tensor:
+    return -head.log_probability(pairs.first, pairs.second, pairs.text, pairs.outcome).mean()
 
 
 @torch.no_grad()

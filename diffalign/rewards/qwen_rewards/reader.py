@@ -13,11 +13,8 @@ from torch import Tensor
 from diffalign._compat import ensure_torchvision
 from diffalign.rewards.prompts import check_tokenizer
 from diffalign.rewards.qwen_rewards.checkpoint import load_backbone
-from diffalign.rewards.vlm.qwen_patches import QwenPatches
+from diffalign.rewards.vlm.qwen_patches import Folded
 from diffalign.rewards.vlm.qwen_processor import QwenProcessor
-
-Folded = tuple[Tensor, tuple[int, int, int]]
-"""Patches (N, P) of one figure, and how many (times, rows, columns) of them."""
 
 
 class QwenReader:
@@ -80,7 +77,7 @@ class QwenReader:
                 f"{len(self.tokenizer)}: it was tuned from another model."
             )
         # A figure was resized by bicubic filtering, whatever the processor of the base would do.
-        self.patches = replace(QwenPatches.from_processor(self.processor.image_processor), filter="bicubic")
+        self.patches = replace(self.processor.patches, filter="bicubic")
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights."""
@@ -100,37 +97,21 @@ class QwenReader:
         return torch.cat(states)
 
     def _read(self, figures: Sequence[Folded], texts: Sequence[str]) -> Tensor:
-        spelt = [self._spell(text, grid) for (_, grid), text in zip(figures, texts, strict=True)]
-        inputs = self.tokenizer(spelt, padding=True, return_tensors="pt")
+        inputs = self.processor.inputs(
+            [self._chat(text) for text in texts], [[figure] for figure in figures], self.kind
+        )
         ids = inputs["input_ids"]
         marked = torch.isin(ids, torch.tensor(self.marks))
         for row, text in zip(ids.masked_fill(~marked, -1), texts, strict=True):
             if row[row >= 0].tolist() != self.marks:
                 raise ValueError(f"the text {text[-80:]!r} spells a token that the score is read at: leave it out.")
-        device, dtype = self.model.device, self.model.dtype
-        pixels, suffix = ("pixel_values", "image") if self.kind == "image" else ("pixel_values_videos", "video")
-        figure = {
-            pixels: torch.cat([patches for patches, _ in figures]).to(device, dtype),
-            f"{suffix}_grid_thw": torch.tensor([grid for _, grid in figures], device=device),
-        }
+        device = self.model.device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         positions = torch.arange(ids.shape[1], device=device).expand(3, *ids.shape)
         with torch.autocast(device.type, enabled=False):
-            read = self.model(
-                input_ids=ids.to(device),
-                attention_mask=inputs["attention_mask"].to(device),
-                position_ids=positions,
-                use_cache=False,
-                **figure,
-            ).last_hidden_state
+            read = self.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
         return read[marked.to(device)].unflatten(0, (len(texts), len(self.marks))).float()
 
-    def _spell(self, text: str, grid: tuple[int, int, int]) -> str:
-        """The text in the chat template, with a token for each merged patch."""
+    def _chat(self, text: str) -> str:
         content = [{"type": self.kind}, {"type": "text", "text": text}]
-        chat = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        others = {"image": self.processor.image_token, "video": self.processor.video_token}
-        own = others.pop(self.kind)
-        if chat.count(own) != 1 or any(other in chat for other in others.values()):
-            raise ValueError(f"the text {text[-80:]!r} spells the token of an image or video: leave it out.")
-        times, rows, columns = grid
-        return chat.replace(own, own * (times * rows * columns // self.patches.merge**2))
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

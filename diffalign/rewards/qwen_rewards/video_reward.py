@@ -19,9 +19,10 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.combination import Combination, Rows
 from diffalign.rewards.encoders import shared
 from diffalign.rewards.qwen_rewards.checkpoint import split_weights
-from diffalign.rewards.qwen_rewards.reader import Folded, QwenReader
+from diffalign.rewards.qwen_rewards.reader import QwenReader
 from diffalign.rewards.qwen_rewards.video_frames import frame_indices
 from diffalign.rewards.qwen_rewards.video_template import TEMPLATE
+from diffalign.rewards.vlm.qwen_patches import Folded
 from diffalign.rewards.weights import find_weights, read_weights
 
 ASPECTS = ("VQ", "MQ", "TA")
@@ -79,8 +80,7 @@ class VideoScorer:
         self.reader = QwenReader(
             backbone, base, marks, "video", str(file), revision=revision, lora=self.settings.lora, **how
         )
-        bounds = {"min_pixels": _LEAST_PIXELS, "max_pixels": self.settings.max_pixels}
-        self.patches = replace(self.reader.patches, **bounds)
+        self.patches = replace(self.reader.patches, min_pixels=_LEAST_PIXELS, max_pixels=self.settings.max_pixels)
         width = self.reader.model.config.text_config.hidden_size
         weight = head.get("weight")
         if len(head) != 1 or weight is None or tuple(weight.shape) not in ((1, width), (3, width)):
@@ -193,5 +193,5 @@ def _config_file(file: Path, checkpoint: str) -> Path:
 
 def _fps(facts: dict[str, Any]) -> float:
     if facts.get("fps") is None:
-        raise ValueError("the metadata has no fps, frames a second of the video: VideoReward sees 2 frames a second.")
+        raise ValueError("the metadata has no fps, frames a second of the video: VideoReward sees some of them.")
     return float(facts["fps"])

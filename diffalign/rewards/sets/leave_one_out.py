@@ -10,13 +10,6 @@ from torch import Tensor
 _BLOCK = 2**24  # numbers in one batch of matrices: 128 MiB
 
 
-def reduced(rows: Tensor) -> Tensor:
-    """Rows (n, min(n, D)) with the Gram matrix of rows (n, D): the spectra below depend on nothing else."""
-    if rows.shape[1] <= rows.shape[0]:
-        return rows
-    return torch.linalg.qr(rows.T, mode="r").R.T
-
-
 def downdated_spectra(rows: Tensor, weight: float) -> Iterator[Tensor]:
     """Eigenvalues of ``R^T R - weight r_i r_i^T`` for every row r_i of R.
 
@@ -30,7 +23,8 @@ def downdated_spectra(rows: Tensor, weight: float) -> Iterator[Tensor]:
     Yields:
         (block, min(n, D)) eigenvalues, not negative, row after row of R.
     """
-    rows = reduced(rows)
+    if rows.shape[1] > len(rows):  # the spectra depend on the Gram matrix alone, which these (n, n) share
+        rows = torch.linalg.qr(rows.T, mode="r").R.T
     size = rows.shape[1]
     whole = rows.T @ rows
     floor = torch.linalg.eigvalsh(whole)[-1] * size * torch.finfo(rows.dtype).eps

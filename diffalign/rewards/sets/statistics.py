@@ -90,8 +90,6 @@ class FeatureStatistics:
             FileNotFoundError: there is no such file.
             ValueError: the file holds something else.
         """
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path} does not exist.")
         try:
             tensors = load_file(path)
             count, mean, scatter = (tensors[name] for name in ("count", "mean", "scatter"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.rewards.vlm.cache import pixel_digest
 from diffalign.rewards.vlm.judge import AnswerError, Judge, Question
 from diffalign.rewards.vlm.pairwise import PairwiseJudge
-from diffalign.rewards.vlm.questions import check_template, filled
+from diffalign.rewards.vlm.questions import filled
 from diffalign.rewards.vlm.written import AnswerForm, WrittenPairs
 
 
@@ -57,6 +57,7 @@ class AnswerPairs(PairwiseJudge):
     """
 
     needs = ("prompt", "answer")
+    fields = ("prompt", "first", "second")
 
     def __init__(
         self,
@@ -67,9 +68,7 @@ class AnswerPairs(PairwiseJudge):
         max_tokens: int = 4096,
         name: str | None = None,
     ) -> None:
-        super().__init__(WrittenPairs(judge, CHOICE, max_tokens=max_tokens), principle=principle, name=name)
-        check_template(question, ("prompt", "first", "second"))
-        self.question = question
+        super().__init__(WrittenPairs(judge, CHOICE, max_tokens=max_tokens), question, principle=principle, name=name)
 
     def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
         rows = [i for i, entry in enumerate(metadata) if isinstance(entry.get("answer"), str)]

@@ -120,28 +120,25 @@ class Judge:
         return self
 
 
-class PointwiseReward(Reward):
-    """A reward that asks one question about each image. Subclasses set ``words`` and write ``read``.
+class JudgeReward(Reward):
+    """A reward that asks a judge. Subclasses write ``values`` or ``_score_rows``.
 
     Args:
         judge: who is asked.
         question: template of the text, see `questions`.
         principle: a standard to judge by, put before the question.
         name: default: that of the judge.
+
+    Attributes:
+        fields: that the question may have.
     """
 
-    words: tuple[str, ...]
+    fields: tuple[str, ...] = ("prompt",)
 
     def __init__(self, judge: Judge, question: str, *, principle: str | None = None, name: str | None = None) -> None:
-        check_template(question)
+        check_template(question, self.fields)
         self.judge, self.question, self.principle = judge, question, principle
         self.name = name or judge.name
-        self.differentiable = judge.differentiable
-        self.needs = ("prompt",) if "{prompt}" in question else ()
-
-    def read(self, log_probs: Tensor) -> Tensor:
-        """Scores (B,) from the words' log-probabilities (B, W)."""
-        raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the judge."""
@@ -149,14 +146,34 @@ class PointwiseReward(Reward):
         return self
 
     def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """One forward pass or request for each image."""
-        return self.read(self.judge.log_probs(self._questions(images, prompts), self.words))
+        """Scores (B,), NaN where there is none."""
+        return self._score_rows(images, prompts, metadata)[0]
 
     def _questions(self, images: Tensor, prompts: list[str]) -> list[Question]:
+        """One about each image."""
         return [
             Question((image,), filled(self.question, prompt, self.principle))
             for image, prompt in zip(images, prompts, strict=True)
         ]
+
+
+class PointwiseReward(JudgeReward):
+    """A reward that asks for one word about each image. Subclasses set ``words`` and write ``read``."""
+
+    words: tuple[str, ...]
+
+    def __init__(self, judge: Judge, question: str, *, principle: str | None = None, name: str | None = None) -> None:
+        super().__init__(judge, question, principle=principle, name=name)
+        self.differentiable = judge.differentiable
+        self.needs = ("prompt",) if "{prompt}" in question else ()
+
+    def read(self, log_probs: Tensor) -> Tensor:
+        """Scores (B,) from the words' log-probabilities (B, W)."""
+        raise NotImplementedError
+
+    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """One forward pass or request for each image."""
+        return self.read(self.judge.log_probs(self._questions(images, prompts), self.words))
 
     def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
         if self.differentiable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +15,7 @@ from torch import Tensor
 from diffalign._compat import ensure_torchvision
 from diffalign.media import to_pil
 from diffalign.rewards.vlm.judge import AnswerError, Judge, Question
-from diffalign.rewards.vlm.qwen_patches import QwenPatches
-from diffalign.rewards.vlm.qwen_processor import load_processor
+from diffalign.rewards.vlm.qwen_processor import QwenProcessor, load_processor
 
 
 class LocalVLM(Judge):
@@ -52,15 +51,9 @@ class LocalVLM(Judge):
         self.batch_size = batch_size
         self.model = _load_model(str(path), revision, dtype)
         self.processor = load_processor(str(path), revision)
-        if not hasattr(self.processor, "image_processor"):
-            raise ValueError(f"{path} has no image processor: it is not a vision-language model, or lacks a file.")
         self.processor.tokenizer.padding_side = "right"
-        kind = type(self.processor.image_processor).__name__
-        qwen = kind.startswith("Qwen2VLImageProcessor")
-        self.patches = QwenPatches.from_processor(self.processor.image_processor) if qwen else None
-        self.differentiable = qwen
+        self.differentiable = isinstance(self.processor, QwenProcessor)
         self._parameters = inspect.signature(self.model.forward).parameters
-        self.word_tokens = lru_cache(maxsize=32)(self._word_tokens)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the weights."""
@@ -97,15 +90,19 @@ class LocalVLM(Judge):
             raise AnswerError(f"the answer {text[:80]!r} is not at its end after {max_tokens} tokens")
         return text
 
-    def _word_tokens(self, word: str) -> list[int]:
+    def word_tokens(self, word: str) -> list[int]:
         """Ids of the tokens that are this word in any case, with or without white space around it."""
-        tokenizer = self.processor.tokenizer
-        texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
-        found = [index for index, text in enumerate(texts) if text.strip().casefold() == word.casefold()]
-        found = [index for index in found if index < self.model.get_output_embeddings().weight.shape[0]]
+        found = [index for index, text in enumerate(self._token_texts) if text == word.casefold()]
         if not found:
             raise ValueError(f"the tokenizer of {self.name} has no token {word!r}: ask for another word.")
         return found
+
+    @cached_property
+    def _token_texts(self) -> list[str]:
+        """Of each token that the model can answer with, its text in lower case and without white space around it."""
+        tokenizer = self.processor.tokenizer
+        known = min(len(tokenizer), self.model.get_output_embeddings().weight.shape[0])
+        return [text.strip().casefold() for text in tokenizer.batch_decode([[index] for index in range(known)])]
 
     def _last_logits(self, questions: Sequence[Question]) -> Tensor:
         """(Q, V) logits of the first token of each answer."""
@@ -122,26 +119,14 @@ class LocalVLM(Judge):
 
     def _inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         texts = [self._text(question) for question in questions]
-        if self.patches is not None:
-            return self._qwen_inputs(questions, texts)
-        images = [[to_pil(image[None])[0] for image in question.images] for question in questions]
-        return dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
-
-    def _qwen_inputs(self, questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Tensor]:
-        pixels, grids = self.patches([image for question in questions for image in question.images])
-        counts = iter((grids.prod(dim=1) // self.patches.merge**2).tolist())
-        mark = self.processor.image_token
-        # A prompt that spells the mark of an image would shift every image after it.
-        pieces = [text.split(mark) for text in texts]
-        for question, parts in zip(questions, pieces, strict=True):
-            if len(parts) != len(question.images) + 1:
-                raise ValueError(f"the question {question.text[:80]!r} has {mark} in its text: leave it out.")
-        spelt = [parts[0] + "".join(mark * next(counts) + part for part in parts[1:]) for parts in pieces]
-        inputs = dict(self.processor.tokenizer(spelt, padding=True, return_tensors="pt"))
-        inputs |= {"pixel_values": pixels.to(self.model.dtype), "image_grid_thw": grids}
+        if not self.differentiable:
+            images = [[to_pil(image[None])[0] for image in question.images] for question in questions]
+            return dict(self.processor(text=texts, images=images, padding=True, return_tensors="pt"))
+        figures = [[self.processor.patches(image) for image in question.images] for question in questions]
+        inputs = self.processor.inputs(texts, figures)
         if "mm_token_type_ids" in self._parameters:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.processor.image_token_id).int()
-        return {key: value for key, value in inputs.items() if key != "token_type_ids"}
+        return inputs
 
     def _text(self, question: Question) -> str:
         content = [{"type": "image"} for _ in question.images] + [{"type": "text", "text": question.text}]

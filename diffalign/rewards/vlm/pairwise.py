@@ -6,17 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import permutations
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward
-from diffalign.rewards.vlm.judge import Judge, Question
-from diffalign.rewards.vlm.questions import PAIRWISE, check_template, filled
+from diffalign.rewards.vlm.judge import Judge, JudgeReward, Question
+from diffalign.rewards.vlm.questions import PAIRWISE, filled
 
 
-class PairwiseJudge(Reward):
+class PairwiseJudge(JudgeReward):
     """Win rate of each image against the others of its prompt, in [0, 1].
 
     With p(i, j) the probability that the judge prefers the first of (image i, image j), i beats j by
@@ -43,18 +42,7 @@ class PairwiseJudge(Reward):
     def __init__(
         self, judge: Judge, question: str = PAIRWISE, *, principle: str | None = None, name: str | None = None
     ) -> None:
-        check_template(question)
-        self.judge, self.question, self.principle = judge, question, principle
-        self.name = name or judge.name
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the judge."""
-        self.judge.to(device)
-        return self
-
-    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Win rates (B,), NaN for an image without a valid pair."""
-        return self._score_rows(images, prompts, metadata)[0]
+        super().__init__(judge, question, principle=principle, name=name)
 
     def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
         """Not one by one after a failure, as for other rewards: an image alone has no pair."""
@@ -67,15 +55,17 @@ class PairwiseJudge(Reward):
             chance = answers.log_probs.double().softmax(dim=1)[:, 0].tolist()
             first = {pair: p for pair, p in zip(pairs, chance, strict=True) if math.isfinite(p)}
             lost = {pairs[index]: reason for index, reason in answers.reasons.items()}
-        rates, reasons = torch.full((len(prompts),), math.nan, device=images.device), {}
-        for i in range(len(prompts)):
-            wins = [(first[i, j] + 1 - first[j, i]) / 2 for a, j in pairs if a == i and {(i, j), (j, i)} <= set(first)]
-            if wins:
-                rates[i] = math.fsum(wins) / len(wins)
+        wins = defaultdict(list)
+        for (i, j), p in first.items():
+            if (j, i) in first:
+                wins[i].append((p + 1 - first[j, i]) / 2)
+        rates, reasons = [math.nan] * len(prompts), {}
+        for i, group in enumerate(groups):
+            if i in wins:
+                rates[i] = math.fsum(wins[i]) / len(wins[i])
             else:
-                alone = groups.count(groups[i]) == 1
-                reasons[i] = self._alone(prompts[i]) if alone else _no_pair(i, lost)
-        return rates, reasons
+                reasons[i] = self._alone(prompts[i]) if groups.count(group) == 1 else _no_pair(i, lost)
+        return torch.tensor(rates, device=images.device), reasons
 
     def _groups(self, images: Tensor, prompts: list[str]) -> list[Any]:
         """What two samples have in common that are compared."""

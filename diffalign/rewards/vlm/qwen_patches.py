@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from diffalign.media import resize
+from diffalign.rewards.preprocessing import ClipPreprocessing
 
-_FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
 _MAX_ASPECT = 200
+
+Folded = tuple[Tensor, tuple[int, int, int]]
+"""Patches (N, 3 x frames x patch x patch) of one figure, and how many (times, rows, columns) of them."""
 
 
 @dataclass(frozen=True)
@@ -43,36 +44,32 @@ class QwenPatches:
     std: tuple[float, ...]
 
     @classmethod
-    def from_processor(cls, processor: Any) -> Self:
-        """Reads a transformers `Qwen2VLImageProcessor`. ValueError where it does not resize, rescale and normalise."""
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Reads the dictionary of a `preprocessor_config.json`; what it leaves out is as in `Qwen2VLImageProcessor`.
+
+        ValueError where it does not resize, rescale and normalise.
+        """
+        config = {key: value for key, value in config.items() if value is not None}
         for step in ("do_resize", "do_rescale", "do_normalize"):
-            if not getattr(processor, step):
+            if not config.get(step, True):
                 raise ValueError(f"{step} is off in the image processor: these are not the pixels of a Qwen-VL model.")
-        if abs(processor.rescale_factor * 255 - 1) > 1e-6:
-            raise ValueError(f"the image processor rescales by {processor.rescale_factor}, and not by 1/255.")
-        if processor.resample not in _FILTERS:
-            raise ValueError(f"resample = {processor.resample!r} of the image processor is not one of {_FILTERS}.")
-        size = processor.size
+        size = config.get("size", {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
+        colours = ClipPreprocessing.from_config(config | {"do_resize": False, "do_center_crop": False})
         return cls(
-            patch=processor.patch_size,
-            frames=processor.temporal_patch_size,
-            merge=processor.merge_size,
-            min_pixels=size["shortest_edge"],
-            max_pixels=size["longest_edge"],
-            filter=_FILTERS[processor.resample],
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
+            patch=config.get("patch_size", 14),
+            frames=config.get("temporal_patch_size", 2),
+            merge=config.get("merge_size", 2),
+            min_pixels=config["min_pixels"] if "min_pixels" in config else size["shortest_edge"],
+            max_pixels=config["max_pixels"] if "max_pixels" in config else size["longest_edge"],
+            filter=colours.filter,
+            mean=colours.mean,
+            std=colours.std,
         )
 
-    def __call__(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images, each (3, H, W) in [0, 1], to their patches.
-
-        Returns:
-            (N, 3 x frames x patch x patch) patches of all images, one image after the other, those that become one
-            token side by side; and (len(images), 3) integers, each image's (1, rows, columns) of patches.
-        """
-        patches, grids = zip(*(self._patches(image) for image in images), strict=True)
-        return torch.cat(patches), torch.tensor(grids, device=images[0].device)
+    def __call__(self, image: Tensor) -> Folded:
+        """An image (3, H, W) in [0, 1] to its patches."""
+        image = resize(image, self.size(*image.shape[-2:]), self.filter)
+        return self.fold(image.expand(self.frames, -1, -1, -1))
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) after the resize.
@@ -93,14 +90,14 @@ class QwenPatches:
             rows, columns = (math.ceil(edge * grow / unit) for edge in (height, width))
         return rows * unit, columns * unit
 
-    def fold(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    def fold(self, frames: Tensor) -> Folded:
         """Frames of a video, or of an image that is repeated, to their patches; nothing is resized.
 
         Args:
             frames: (F, 3, H, W) in [0, 1]; F is a multiple of ``frames``, H and W are multiples of patch x merge.
 
         Returns:
-            (N, 3 x frames x patch x patch) patches in the order of `__call__`, and (times, rows, columns) of them.
+            The patches, those that become one token side by side, and (times, rows, columns) of them.
         """
         grid = len(frames) // self.frames, frames.shape[2] // self.patch, frames.shape[3] // self.patch
         mean, std = (frames.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
@@ -109,7 +106,3 @@ class QwenPatches:
         # time, frame, colour, row, in row, y, column, in column, x
         blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
         return blocks.reshape(math.prod(grid), -1), grid
-
-    def _patches(self, image: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        image = resize(image, self.size(*image.shape[-2:]), self.filter)
-        return self.fold(image.expand(self.frames, -1, -1, -1))

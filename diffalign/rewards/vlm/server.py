@@ -27,6 +27,8 @@ _LOG_UNLIKELY = -9999.0  # how OpenAI's servers spell "not known"
 _LEAST_MASS = 1e-6  # a sum of rounded probabilities tells no less
 _MOST_UNLISTED = 0.01
 
+_Row = list[float] | tuple[float, ...]  # what an answer was read as
+
 
 class JudgeServer(Judge):
     """Asks by ``chat.completions`` at temperature 0; images travel as PNG in the request, so no pixel changes.
@@ -95,7 +97,7 @@ class JudgeServer(Judge):
     def answers(self, questions: Sequence[Question], words: Sequence[str]) -> Answers:
         """Asks ``concurrency`` questions at a time; see `Answers`."""
         told = self._ask_all(questions, self.settings, lambda answer: self._read(answer, words))
-        rows = [row if isinstance(row, list) else [math.nan] * len(words) for row in told]
+        rows = [[math.nan] * len(words) if isinstance(row, str) else row for row in told]
         return Answers(torch.tensor(rows), {i: row for i, row in enumerate(told) if isinstance(row, str)})
 
     def readings(
@@ -103,13 +105,13 @@ class JudgeServer(Judge):
     ) -> Readings:
         """Asks ``concurrency`` questions at a time for a text, however ``read`` is set; see `Readings`."""
         settings = {"temperature": 0.0, "max_tokens": max_tokens}
-        told = self._ask_all(questions, settings, lambda answer: list(parse(_whole(answer, max_tokens))))
-        numbers = [tuple(row) if isinstance(row, list) else None for row in told]
+        told = self._ask_all(questions, settings, lambda answer: parse(_whole(answer, max_tokens)))
+        numbers = [None if isinstance(row, str) else row for row in told]
         return Readings(numbers, {i: row for i, row in enumerate(told) if isinstance(row, str)})
 
     def _ask_all(
-        self, questions: Sequence[Question], settings: dict[str, Any], read: Callable[[Mapping[str, Any]], list[float]]
-    ) -> list[list[float] | str]:
+        self, questions: Sequence[Question], settings: dict[str, Any], read: Callable[[Mapping[str, Any]], _Row]
+    ) -> list[_Row | str]:
         """What `read` makes of each answer, or the reason why there is nothing."""
         lost = threading.Event()
         executor = ThreadPoolExecutor(self.concurrency)
@@ -122,9 +124,9 @@ class JudgeServer(Judge):
         self,
         question: Question,
         settings: dict[str, Any],
-        read: Callable[[Mapping[str, Any]], list[float]],
+        read: Callable[[Mapping[str, Any]], _Row],
         lost: threading.Event,
-    ) -> list[float] | str:
+    ) -> _Row | str:
         try:
             key = self._cache_key(question, settings)
             kept = self.cache.get(key) if self.cache is not None else None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import Reward
-from diffalign.rewards.vlm.judge import Answers, Judge, Question
-from diffalign.rewards.vlm.questions import check_template, filled
+from diffalign.rewards.vlm.judge import Answers, Judge, JudgeReward, Question
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class AnswerForm:
         return lambda numbers: numbers[place]
 
 
-class WrittenRating(Reward):
+class WrittenRating(JudgeReward):
     """The rating that a judge writes about each image, read by an `AnswerForm`; no gradient.
 
     An answer that is cut off, lacks a number, has it twice or outside its range is a failed score, and the reason
@@ -66,31 +64,16 @@ class WrittenRating(Reward):
         max_tokens: int = 1024,
         name: str | None = None,
     ) -> None:
-        self.judge, self.form, self.principle, self.max_tokens = judge, form, principle, max_tokens
-        self.question = form.question if question is None else question
-        check_template(self.question)
+        super().__init__(judge, form.question if question is None else question, principle=principle, name=name)
+        self.form, self.max_tokens = form, max_tokens
         self.axis, self.choose = axis, form.choose(axis)
-        self.name = name or judge.name
         self.needs = ("prompt",) if "{prompt}" in self.question else ()
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the judge."""
-        self.judge.to(device)
-        return self
-
-    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Ratings (B,), NaN where the answer holds none."""
-        return self._score_rows(images, prompts, metadata)[0]
 
     def _score_rows(self, images: Tensor, prompts: list[str], metadata: list[dict]) -> tuple[Tensor, dict[int, str]]:
         """Not one by one after a failure, as for other rewards: the judge knows which question failed."""
-        questions = [
-            Question((image,), filled(self.question, prompt, self.principle))
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
-        read = self.judge.readings(questions, self.form.parse, self.max_tokens)
+        read = self.judge.readings(self._questions(images, prompts), self.form.parse, self.max_tokens)
         rows = [math.nan if numbers is None else self.choose(numbers) for numbers in read.numbers]
-        return torch.tensor(rows, device=images.device), dict(read.reasons)
+        return torch.tensor(rows, device=images.device), read.reasons
 
 
 class WrittenPairs(Judge):
@@ -125,4 +108,4 @@ class WrittenPairs(Judge):
         read = self.judge.readings(questions, self.form.parse, self.max_tokens)
         first = [math.nan if numbers is None else self.choose(numbers) for numbers in read.numbers]
         shares = torch.tensor([[share, 1 - share] for share in first], dtype=torch.float64)
-        return Answers(shares.log(), dict(read.reasons))
+        return Answers(shares.log(), read.reasons)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffalign.scoring.bench.files import json_rows, media_root, text_of
-from diffalign.scoring.bench.preferences import Pair, Preferences
-
-LABELS = "preference"
+from diffalign.scoring.bench.preferences import LABELS, Pair, Preferences
 
 
 def read_hpdv3(folder: Path, images: Path | None) -> Preferences:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.scoring.bench.datasets import Dataset
 from diffalign.scoring.parts import write_whole
+from diffalign.scoring.table import write_table
 
 if TYPE_CHECKING:
     from diffalign.scoring.bench.run import Row
@@ -32,7 +32,7 @@ def write_rows(
     """
     table = [{"dataset": dataset.name, **_flat(row), "unlabelled": unlabelled[row.labels]} for row in rows]
     if path.suffix == ".csv":
-        write_whole(path, lambda temporary: _write_csv(temporary, table), scratch)
+        write_table({key: [row[key] for row in table] for key in table[0]}, path, scratch)
         return
     page = {"dataset": dataset.name, "folder": str(folder), "protocol": dataset.protocol, "rows": table}
     text = json.dumps(page, indent=2, allow_nan=False) + "\n"
@@ -42,10 +42,3 @@ def write_rows(
 def _flat(row: Row) -> dict[str, Any]:
     cells = {"reward": row.reward, "labels": row.labels, **asdict(row.agreement), "published": row.published}
     return {key: None if isinstance(cell, float) and not math.isfinite(cell) else cell for key, cell in cells.items()}
-
-
-def _write_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffalign.scoring.bench.preferences import Pair, Preferences
-from diffalign.scoring.items import Item, one_line, printable
+from diffalign.scoring.bench.preferences import LABELS, Pair, Preferences
+from diffalign.scoring.items import Item, one_line, printable, stamp_of
 from diffalign.scoring.lists import holds_bytes
 
-LABELS = "preference"
 _WORDS = ("caption", "label_0", "label_1")
 _PIXELS = ("jpg_0", "jpg_1")
 _LABELS = {(1.0, 0.0): 1, (0.0, 1.0): -1, (0.5, 0.5): 0}
@@ -42,11 +41,10 @@ def _read(files: list[Path], preferences: Preferences) -> list[Pair]:
         labels = [_LABELS.get((row["label_0"], row["label_1"])) if row.get("has_label", True) else None for row in rows]
         labelled = [number for number, label in enumerate(labels) if label is not None]
         preferences.unlabelled[LABELS] += len(rows) - len(labelled)
-        first, status = len(preferences.items), file.stat()
+        first, stamp = len(preferences.items), stamp_of(file)
         for column in _PIXELS:  # one after the other: in this order cells are read forward
             for number in labelled:
                 name = f"{printable(file)}/{number}/{column}"
-                stamp = (status.st_size, status.st_mtime_ns)
                 preferences.items.append(Item(name, file, rows[number]["caption"], cell=(column, number), stamp=stamp))
         for place, number in enumerate(labelled, first):
             pairs.append(Pair(place, place + len(labelled), labels[number], rows[number]["caption"], len(pairs)))

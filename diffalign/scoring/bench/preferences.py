@@ -8,6 +8,9 @@ from typing import Any
 
 from diffalign.scoring.items import Item, file_item
 
+LABELS = "preference"
+"""Name of the labels of a set that asked a single question."""
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.scoring.bench.files import is_text, json_rows, media_root, text_of
-from diffalign.scoring.bench.preferences import Pair, Preferences, comparison
-
-LABELS = "preference"
+from diffalign.scoring.bench.preferences import LABELS, Pair, Preferences, comparison
 
 
 def read_imagereward(folder: Path, images: Path | None) -> Preferences:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +10,14 @@ from typing import Any
 
 from diffalign.processes import process_state
 from diffalign.rewards import Reward
-from diffalign.scoring.batches import Scorer
 from diffalign.scoring.bench.agreement import Agreement, agreement, scored
 from diffalign.scoring.bench.datasets import Dataset
 from diffalign.scoring.bench.output import write_rows
 from diffalign.scoring.bench.preferences import Pair, Preferences
 from diffalign.scoring.bench.protocols import half_point_accuracy, inversion_accuracy
 from diffalign.scoring.bench.request import BenchRequest
-from diffalign.scoring.cache import Cache
-from diffalign.scoring.fingerprint import fingerprint
 from diffalign.scoring.parts import Parts
-from diffalign.scoring.run import load_rewards, score_parts
+from diffalign.scoring.run import check_free, load_rewards, score_items
 
 Scores = Sequence[float | None]
 
@@ -107,36 +103,21 @@ def bench(
         batch_size=batch_size,
         cache=None if cache is None else Path(cache),
     )
-    if request.out.exists() and not _parts_folder(request).exists():
-        raise FileExistsError(f"{request.out} is there already: remove it, or choose another --out.")
-    preferences = request.source.read(request.folder, request.images)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # of files that are scored all the same
-        parts, hits = _score(request, preferences, progress)
-    return _finish(request, preferences, parts, hits)
+    return run_request(request, progress)
 
 
-def _score(request: BenchRequest, preferences: Preferences, progress: bool) -> tuple[Parts, dict[str, int]]:
-    state, items = process_state(), preferences.items
-    loaded = load_rewards(request.scores, state.device)
+def run_request(request: BenchRequest, progress: bool = True) -> BenchResult:
+    """As `bench`."""
+    check_free(request, request.out)
+    preferences, loaded = request.source.read(request.folder, request.images), load_rewards(request)
     for reward, _ in loaded:
         if reward.media != request.source.media:
             raise ValueError(
                 f"reward {reward.name!r} scores {reward.media}s, and {request.dataset} compares "
                 f"{request.source.media}s: choose another."
             )
-    fingerprints = {reward.name: fingerprint(reward, source) for reward, source in loaded}
-    folder, mine, of = _parts_folder(request), state.process_index, state.num_processes
-    with state.main_process_first():
-        parts = Parts(folder, items, fingerprints)
-    cache = Cache(request.cache / "scores.sqlite" if request.cache else folder / f"cache-{mine}-of-{of}.sqlite")
-    scorer = Scorer([reward for reward, _ in loaded], fingerprints, cache, request.batch_size, state.device)
-    try:
-        score_parts(scorer, parts, items, range(mine, len(parts.chunks), of), progress and state.is_main_process)
-    finally:
-        cache.close()
-    state.wait_for_everyone()
-    return parts, scorer.hits
+    parts, hits = score_items(request, preferences.items, loaded, progress)
+    return _finish(request, preferences, parts, hits)
 
 
 def _finish(request: BenchRequest, preferences: Preferences, parts: Parts, hits: dict[str, int]) -> BenchResult:
@@ -166,7 +147,3 @@ def _published(dataset: Dataset, pairs: Sequence[Pair], validation: Sequence[Pai
     if not chosen_by:
         return None
     return half_point_accuracy(labels, differences, [pair.label for pair in chosen_by], its_differences)
-
-
-def _parts_folder(request: BenchRequest) -> Path:
-    return Path(f"{request.out}.parts")

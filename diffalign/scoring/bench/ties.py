@@ -34,8 +34,7 @@ class TieCalibration:
         # What a pair adds when the threshold passes it: a tie becomes right, what was right becomes wrong.
         self._gains = (labels[order] == 0).astype(np.float64) - self._right
         # The last of each run of equal |d|; before all of them stands eps = 0, where it is not a |d| itself.
-        last = np.flatnonzero(np.append(self._sizes[1:] != self._sizes[:-1], True)) if len(order) else order
-        self._ends = last
+        self._ends = np.flatnonzero(np.append(self._sizes[1:] != self._sizes[:-1], True))
 
     def best(self, weights: NDArray | None = None) -> tuple[float, float]:
         """(accuracy, eps) with a weight >= 0 for each pair, all 1 by default; (NaN, NaN) where all weigh nothing.
