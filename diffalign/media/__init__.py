@@ -13,7 +13,7 @@ from diffalign.media.pixels import (
     to_uint8,
 )
 from diffalign.media.resampling import resize
-from diffalign.media.video import Video, open_video, sample_frames, save_video, uniform_indices
+from diffalign.media.video import Video, open_video, save_video, uniform_indices
 
 __all__ = [
     "ImageError",
@@ -27,7 +27,6 @@ __all__ = [
     "open_video",
     "quantise",
     "resize",
-    "sample_frames",
     "save_png",
     "save_video",
     "straight_through_clamp",

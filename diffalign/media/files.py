@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +28,7 @@ def reading(path: Path, error: type[MediaError], max_bytes: int) -> Iterator[Bin
     """An open file for a decoder; what goes wrong inside becomes ``error``, and no warning comes out.
 
     The file is handed over open, so that no decoder sees its name: a name may be no UTF-8, and to a video library it
-    may be the address of something else. Warnings are silenced for all threads while it is open.
+    may be the address of something else. Warnings are silenced for all threads while any has a file open.
 
     Raises:
         FileNotFoundError: there is no such name.
@@ -45,14 +46,42 @@ def reading(path: Path, error: type[MediaError], max_bytes: int) -> Iterator[Bin
             raise error(f"{shown(path)} is empty.")
         if size > max_bytes:
             raise error(f"{shown(path)} has {size:,} bytes: at most {max_bytes:,} are read.")
-        with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")
+        with _silence, path.open("rb") as file:
             yield file
     except MediaError:
         raise
     except Exception as failure:
         # Decoders fail on broken bytes in every way there is: OSError, SyntaxError, struct.error, MemoryError.
         raise error(f"{shown(path)} cannot be read: {_reason(failure)}.") from failure
+
+
+class _Silence:
+    """No warnings while any thread is inside.
+
+    The filters belong to the process, and `warnings.catch_warnings` puts back those that it found. Of two threads that
+    leave in the order in which they came, the second would put back those of the first: silence, for good. So the first
+    to come in sets them and the last to go puts them back.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.filters = ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.filters.enter_context(warnings.catch_warnings(action="ignore"))
+            self.inside += 1
+
+    def __exit__(self, *failure: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.filters.close()
+
+
+_silence = _Silence()
 
 
 def shown(path: Path) -> str:

@@ -96,29 +96,6 @@ def save_video(frames: Tensor, path: str | Path, fps: float) -> None:
         container.mux(stream.encode(None))
 
 
-def sample_frames(video: Video, *, number: int | None = None, fps: float | None = None) -> Video:
-    """Fewer frames of a video, in order: either ``number`` of them, first and last included, or ``fps`` a second.
-
-    The frame of the time t is the one that is on screen then. No frame is given twice: a video that has no more than
-    what is asked for comes back as it is.
-    """
-    if (number is None) == (fps is None):
-        raise ValueError("sample_frames takes either number or fps.")
-    asked = number if fps is None else fps
-    if not asked > 0:
-        raise ValueError(f"{'number' if fps is None else 'fps'} is {asked}: it must be more than 0.")
-    count = len(video.frames)
-    if number is not None:
-        index = uniform_indices(count, number)
-    elif fps >= video.fps:
-        index = list(range(count))
-    else:
-        step = video.fps / fps
-        # Times of whole frames, such as 3 x (30 / 10), must not fall to the frame before by a rounding error.
-        index = [i for k in range(count) if (i := int(k * step + 1e-6)) < count]
-    return Video(video.frames[index], video.fps * len(index) / count if fps is None else min(fps, video.fps))
-
-
 def uniform_indices(count: int, number: int) -> list[int]:
     """``number`` of ``count`` frames at equal distances, first and last included; all where there are no more."""
     if number >= count:

@@ -1,6 +1,7 @@
 """Scorers of images: `load` one by name, make one of any function, add and scale them."""
 
 # These register the types of recipes.
+import diffalign.rewards.mj_video.recipes
 import diffalign.rewards.pal.recipes
 import diffalign.rewards.qwen_rewards.recipes
 import diffalign.rewards.recipe_combinations
@@ -26,6 +27,7 @@ from diffalign.rewards.ensembles import (
     mean,
     minimum,
 )
+from diffalign.rewards.groups import GroupStandardised
 from diffalign.rewards.pareto import ParetoRank
 from diffalign.rewards.recipe import (
     REWARD_TYPES,
@@ -46,6 +48,7 @@ __all__ = [
     "Combination",
     "FunctionReward",
     "Gate",
+    "GroupStandardised",
     "Harmonic",
     "Hinge",
     "InverseVariance",

@@ -57,6 +57,7 @@ class Reward:
         needs: "prompt" where the score depends on it, and the keys of the metadata that it reads.
         token_limit: tokens of a prompt that it reads; more are cut off with a warning. None: all, or no text.
         optional: keys of the metadata that it reads where they are there.
+        files: keys of the metadata that name files, such as pictures of a subject.
         groupwise: whether a score depends on the other samples of the same prompt, as that of a pairwise judge.
         states_sigma: whether ``values`` are (B, 2), each score beside its own standard deviation.
     """
@@ -66,6 +67,7 @@ class Reward:
     media: Literal["image", "video"] = "image"
     needs: tuple[str, ...] = ("prompt",)
     optional: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     token_limit: int | None = None
     groupwise: bool = False
     states_sigma: bool = False
@@ -101,17 +103,23 @@ class Reward:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
         """Scores images (B, 3, H, W) or videos (B, F, 3, H, W), float in [0, 1], for their prompts.
 
-        A batch that raises is scored again by halves, and a score that is NaN or infinite is left out, so that one bad
-        sample costs its own score and no other. Where memory was short, later batches of such images start with what
-        fitted. A group that raises has failed whole. Gradients reach the images of valid samples.
+        A sample with pixels that are not finite fails unseen. A batch that raises is scored again by halves, and a
+        score that is NaN or infinite is left out, so that one bad sample costs its own score and no other. Where memory
+        was short, later batches of such images start with what fitted. A group that raises has failed whole. Gradients
+        reach the images of valid samples.
 
         Raises:
             TypeError, ValueError: the input breaks the pixel contract, or the counts differ; never a failed score.
         """
         prompts, metadata = list(prompts), list(metadata) if metadata is not None else [{} for _ in prompts]
-        _check_input(images, prompts, metadata, self.media)
+        broken = check_input(images, prompts, metadata, self.media)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
-            value, reasons = self._score_rows(images, prompts, metadata)
+            if broken:
+                sound = [row for row in range(len(prompts)) if row not in broken]
+                value, reasons = self._score_some(sound, images, prompts, metadata)
+                reasons = broken | reasons
+            else:
+                value, reasons = self._score_rows(images, prompts, metadata)
         valid = torch.ones(len(prompts), dtype=torch.bool, device=value.device)
         valid[list(reasons)] = False
         self._tell(reasons)
@@ -145,15 +153,22 @@ class Reward:
             return value, {}
         scores = zip(value.tolist(), finite.tolist(), strict=True)
         reasons = {i: f"the score is {score}" for i, (score, good) in enumerate(scores) if not good}
-        index, has_graph = finite.nonzero().flatten(), value.requires_grad
-        value = value.detach().index_fill(0, (~finite).nonzero().flatten(), math.nan)
-        if has_graph and len(index):
+        if value.requires_grad:
             # 0 * NaN is NaN in a backward pass too, so the finite scores are computed again without the others.
-            rows = index.tolist()
-            kept, failed = self._score_rows(images[index], [prompts[i] for i in rows], [metadata[i] for i in rows])
-            value = value.index_copy(0, index, kept.to(value))
-            reasons |= {rows[i]: reason for i, reason in failed.items()}
-        return value, reasons
+            value, failed = self._score_some(finite.nonzero().flatten().tolist(), images, prompts, metadata)
+            return value, reasons | failed
+        return value.detach().index_fill(0, (~finite).nonzero().flatten(), math.nan), reasons
+
+    def _score_some(
+        self, rows: list[int], images: Tensor, prompts: list[str], metadata: list[dict]
+    ) -> tuple[Tensor, dict[int, str]]:
+        """As `_score_rows`, of some rows as if there were no others; NaN for the others."""
+        value = torch.full(self._shape(len(prompts)), math.nan, device=images.device)
+        if not rows:
+            return value, {}
+        kept, failed = self._score_rows(images[rows], [prompts[i] for i in rows], [metadata[i] for i in rows])
+        value = value.to(kept.dtype).index_copy(0, torch.tensor(rows, device=value.device), kept)
+        return value, {rows[i]: reason for i, reason in failed.items()}
 
     def _joined(
         self, size: int, images: Tensor, prompts: list[str], metadata: list[dict]
@@ -251,7 +266,21 @@ def as_reward(reward: Reward | Callable[..., Any], name: str | None = None, diff
     return FunctionReward(reward, name, differentiable)
 
 
-def _check_input(images: Tensor, prompts: list[str], metadata: list[dict], media: str) -> None:
+def check_input(images: Tensor, prompts: list[str], metadata: list[dict], media: str) -> dict[int, str]:
+    """Holds a batch to the pixel contract: the samples that cannot be scored, index -> why.
+
+    Args:
+        images: what is to be scored.
+        prompts: of the samples.
+        metadata: of the samples.
+        media: "image" for (B, 3, H, W), "video" for (B, F, 3, H, W).
+
+    Returns:
+        The samples with pixels that are not finite. No scorer may see them: on the way to 8 bits NaN becomes black.
+
+    Raises:
+        TypeError, ValueError: no float tensor, another shape, other counts, or pixels outside of [0, 1].
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images are {kind}: rewards take float tensors in [0, 1]; see media.from_uint8 and from_pil.")
@@ -264,9 +293,16 @@ def _check_input(images: Tensor, prompts: list[str], metadata: list[dict], media
         )
     if images.numel() == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}: there is nothing to score.")
-    low, high = torch.stack(images.detach().aminmax()).tolist()
+    pixels, broken = images.detach(), {}
+    low, high = torch.stack(pixels.aminmax()).tolist()  # NaN where a pixel is; the only wait for the device
+    if not (math.isfinite(low) and math.isfinite(high)):
+        finite = pixels.isfinite()
+        rows = (~finite.flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        broken = dict.fromkeys(rows, f"the {media} has pixels that are not finite")
+        low, high = torch.stack(pixels.where(finite, 0.5).aminmax()).tolist()
     if low < -1e-3 or high > 1 + 1e-3:
         raise ValueError(f"images reach from {low:.3g} to {high:.3g}: rewards take pixels in [0, 1] and never rescale.")
+    return broken
 
 
 def check_gradient(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:

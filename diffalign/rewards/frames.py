@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from diffalign.media import uniform_indices
-from diffalign.rewards.base import Reward
+from diffalign.rewards.base import Metadata, Reward, Score, check_input
 
 Sampling = Literal["segments", "uniform", "all"]
 
@@ -62,18 +63,41 @@ class FrameReward(Reward):
         self.reward.to(device)
         return self
 
-    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Weighted means (B,) of videos (B, F, 3, H, W). ValueError with the reason if a frame fails."""
+    def walk(self) -> Iterator[Reward]:
+        """The reward itself, the image reward and every one inside that."""
+        yield self
+        yield from self.reward.walk()
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Score:
+        """Scores videos (B, F, 3, H, W), float in [0, 1], by their frames; a video fails if a frame of it does.
+
+        ``parts`` holds the parts of the image reward too, as means over the frames.
+        """
+        prompts, metadata = list(prompts), list(metadata) if metadata is not None else [{} for _ in prompts]
+        reasons = check_input(images, prompts, metadata, self.media)
         count = images.shape[1]
-        index = self.frame_indices(count)
+        try:
+            index = self.frame_indices(count)
+        except ValueError as error:
+            lost = torch.full((len(prompts),), math.nan, device=images.device)
+            return self._score(lost, {}, dict.fromkeys(range(len(prompts)), str(error)))
         frames = images[:, index].flatten(0, 1)
         score = self.reward(frames, _repeated(prompts, len(index)), _repeated(metadata, len(index)))
-        if score.reasons:
-            row, reason = min(score.reasons.items())
-            raise ValueError(f"frame {index[row % len(index)]}: {reason}")
-        distances = [abs(i - count // 2) for i in index]
-        weights = torch.exp(-self.attenuation * score.value.new_tensor(distances))
-        return (score.value.unflatten(0, (len(prompts), len(index))) * weights).mean(dim=1)
+        for place, reason in sorted(score.reasons.items()):
+            video, frame = divmod(place, len(index))
+            reasons.setdefault(video, f"frame {index[frame]}: {reason}")
+        weights = score.value.new_tensor([math.exp(-self.attenuation * abs(i - count // 2)) for i in index])
+        shape = (len(prompts), len(index))
+        value = (score.value.unflatten(0, shape) * weights).mean(dim=1)
+        parts = {name: part.unflatten(0, shape).mean(dim=1) for name, part in score.parts.items()}
+        return self._score(value, parts, reasons)
+
+    def _score(self, value: Tensor, parts: dict[str, Tensor], reasons: dict[int, str]) -> Score:
+        valid = torch.ones(len(value), dtype=torch.bool, device=value.device)
+        valid[list(reasons)] = False
+        self._tell(reasons)
+        value = value.where(valid, math.nan)
+        return Score(value, valid, parts | {self.name: value.detach()}, None, reasons)
 
     def frame_indices(self, count: int) -> list[int]:
         """Which of a video's ``count`` frames are scored."""

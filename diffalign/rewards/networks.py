@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign._compat import ensure_torchvision
 from diffalign.rewards.preprocessing import ClipPreprocessing
+from diffalign.rewards.weights import pretrained
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,11 @@ def load_network(kind: str, path: str, revision: str | None = None, **parts: Any
     import transformers
 
     try:
-        model, info = getattr(transformers, kind).from_pretrained(
-            path, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **parts
-        )
+        return pretrained(getattr(transformers, kind), path, revision, torch.float32, **parts)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
         raise ValueError(f"{path} is no model that transformers' {kind} builds: name one of that kind.") from error
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise ValueError(
-            f"{path} lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}: it is another model."
-        )
-    return model.requires_grad_(False).eval()
 
 
 def load_processor(path: str, revision: str | None = None) -> Any:

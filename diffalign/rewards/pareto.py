@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffalign.rewards.combination import Combination, Rows
 from diffalign.rewards.ensembles import Members, call_name
+from diffalign.rewards.groups import prompt_groups
 
 
 class ParetoRank(Combination):
@@ -36,12 +37,9 @@ class ParetoRank(Combination):
 
     def combine(self, rows: Rows) -> Tensor:
         """Shares of beaten samples, group by group."""
-        groups: dict[str, list[int]] = {}
-        for i, prompt in enumerate(rows.prompts):
-            groups.setdefault(prompt, []).append(i)
         values = rows.values.double().cpu()  # sorting asks for numbers at every front
         ranks = torch.empty_like(values[0])
-        for index in groups.values():
+        for index in prompt_groups(rows.prompts):
             ranks[index] = _share_beaten(values[:, index]).to(ranks)
         return ranks.to(rows.values)
 

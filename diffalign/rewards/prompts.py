@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class PromptCache(dict[str, T]):
-    """What was made of each prompt; past ``most`` of them the oldest goes."""
+    """What was made of each prompt, or of what else a text names; past ``most`` of them the oldest goes."""
 
     def __init__(self, most: int = 16_384) -> None:
         super().__init__()

@@ -77,9 +77,7 @@ def part(reward: str | Path | Mapping[str, Any] | RewardRecipe, folder: Path) ->
     if isinstance(reward, RewardRecipe | Mapping):
         recipe = reward if isinstance(reward, RewardRecipe) else _validated(dict(reward), "reward recipe")
         return built(recipe, folder)
-    name, known = str(reward).removeprefix("zoo:").casefold(), _built.get()
-    is_file = str(reward).endswith((".yaml", ".yml"))
-    path = folder / Path(reward).expanduser() if is_file else shipped_recipes().get(name)
+    name, known, path = _plain(reward), _built.get(), recipe_path(reward, folder)
     if path is None and name not in REWARDS.names():
         raise UnknownName("reward", str(reward), reward_names())
     key = name if path is None else str(path.resolve())
@@ -90,6 +88,22 @@ def part(reward: str | Path | Mapping[str, Any] | RewardRecipe, folder: Path) ->
     if found is None:
         raise ValueError(f"reward {reward} is made of itself: name another inside its recipe")
     return found
+
+
+def recipe_path(reward: str | Path, folder: Path) -> Path | None:
+    """The recipe that a reward's name or file means; None for a name that needs none, or that nobody has.
+
+    Args:
+        reward: a name, ``zoo:NAME`` too, or the path of a ``.yaml`` recipe, which need not be there.
+        folder: where a relative path starts.
+    """
+    if str(reward).endswith((".yaml", ".yml")):
+        return folder / Path(reward).expanduser()
+    return shipped_recipes().get(_plain(reward))
+
+
+def _plain(name: str | Path) -> str:
+    return str(name).removeprefix("zoo:").casefold()
 
 
 def reward_names() -> list[str]:

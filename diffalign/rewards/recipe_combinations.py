@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from diffalign.rewards import combination, combine, constraints, ensembles, pareto, references
+from diffalign.rewards import combination, combine, constraints, ensembles, groups, pareto, references
 from diffalign.rewards.base import Reward
 from diffalign.rewards.recipe import REWARD_TYPES, RewardRecipe, part
 from diffalign.rewards.statistics import StandardisedSum, Statistics
@@ -77,6 +77,15 @@ class StandardisedSumRecipe(TermsRecipe):
     def build(self, folder: Path) -> Reward:
         """A `StandardisedSum`."""
         return StandardisedSum(self.pairs(folder), self.statistics, name=self.name)
+
+
+@REWARD_TYPES.register("group_standardised")
+class GroupStandardisedRecipe(TermsRecipe):
+    """sum_k w_k (r_k - mean_k) / std_k, with mean and std of the images of the prompt."""
+
+    def build(self, folder: Path) -> Reward:
+        """A `GroupStandardised`."""
+        return groups.GroupStandardised(self.pairs(folder), name=self.name)
 
 
 @REWARD_TYPES.register("harmonic")

@@ -15,6 +15,7 @@ from diffalign.media import from_pil, open_image
 from diffalign.rewards.base import Reward
 from diffalign.rewards.encoders import DualEncoder, load_encoder
 from diffalign.rewards.networks import ImageNetwork
+from diffalign.rewards.prompts import PromptCache
 
 _CACHED_REFERENCES = 4096
 
@@ -78,11 +79,12 @@ class SubjectSimilarity(Reward):
 
     differentiable = True
     needs = ("reference",)
+    files = ("reference",)
 
     def __init__(self, path: str | Path | DualEncoder | VisionEncoder, *, name: str | None = None, **how: Any) -> None:
         self.encoder = path if isinstance(path, DualEncoder | VisionEncoder) else load_vision(path, **how)
         self.name = name or Path(self.encoder.label).name
-        self._kept: dict[tuple, Tensor] = {}
+        self._kept: PromptCache[Tensor] = PromptCache(_CACHED_REFERENCES)
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the encoder, for all rewards on it."""
@@ -98,19 +100,14 @@ class SubjectSimilarity(Reward):
 
     def _wanted(self, reference: Any) -> Tensor:
         """Mean of the unit embeddings of the references of one sample (D,)."""
-        known = [self._feature(each).to(self.encoder.device) for each in _references(reference)]
-        return torch.stack(known).mean(dim=0)
+        known = [self._kept.of(_address(each), lambda _, it=each: self._feature(it)) for each in _references(reference)]
+        return torch.stack([feature.to(self.encoder.device) for feature in known]).mean(dim=0)
 
     def _feature(self, reference: str | Path | Tensor) -> Tensor:
-        address = _address(reference)
-        if address not in self._kept:
-            if len(self._kept) >= _CACHED_REFERENCES:
-                self._kept.pop(next(iter(self._kept)))  # the oldest
-            image = reference if isinstance(reference, Tensor) else from_pil(open_image(reference))[0]
-            # one at a time: its last bits must not depend on its neighbours
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept[address] = self.encoder.image_features(image.detach().clone()[None])[0]
-        return self._kept[address]
+        image = reference if isinstance(reference, Tensor) else from_pil(open_image(reference))[0]
+        # one at a time: its last bits must not depend on its neighbours
+        with torch.inference_mode(False), torch.no_grad():
+            return self.encoder.image_features(image.detach().clone()[None])[0]
 
 
 def _references(reference: Any) -> list[str | Path | Tensor]:
@@ -128,11 +125,11 @@ def _references(reference: Any) -> list[str | Path | Tensor]:
     return found
 
 
-def _address(reference: str | Path | Tensor) -> tuple:
+def _address(reference: str | Path | Tensor) -> str:
     """What tells a reference from another: the pixels of a tensor; name, time and size of a file."""
     if isinstance(reference, Tensor):
         pixels = reference.detach().float().cpu().contiguous()
-        return tuple(pixels.shape), hashlib.sha256(pixels.numpy()).hexdigest()
+        return f"{tuple(pixels.shape)} {hashlib.sha256(pixels.numpy()).hexdigest()}"
     path = Path(reference)
     stamp = path.stat() if path.is_file() else None  # of one that is none, open_image says why
-    return str(path.absolute()), stamp and stamp.st_mtime_ns, stamp and stamp.st_size
+    return f"{path.absolute()} {stamp and (stamp.st_mtime_ns, stamp.st_size)}"

@@ -1,4 +1,4 @@
-"""Published checkpoints as tensors: safetensors, or torch's own files under its restricted reader."""
+"""Published checkpoints: as tensors, safetensors or torch's own files under its restricted reader, and as networks."""
 
 from __future__ import annotations
 
@@ -78,6 +78,29 @@ def filled(kind: type, weights: dict[str, Tensor], place: str, **how: Any) -> An
             f"in shape, such as {name}, {_shape(found.get(name))} for {_shape(wanted.get(name))}"
         )
     model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def pretrained(kind: Any, path: str, revision: str | None, dtype: torch.dtype, **parts: Any) -> Any:
+    """The network of a folder or hub id, frozen and in evaluation; safetensors only.
+
+    Args:
+        kind: a class of transformers that has `from_pretrained`.
+        path: the folder or hub id.
+        revision: of the hub repository.
+        dtype: of the weights.
+        **parts: arguments of the network's class.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, which transformers would draw at random.
+    """
+    model, info = kind.from_pretrained(
+        path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True, **parts
+    )
+    if absent := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{path} lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}: it is another model."
+        )
     return model.requires_grad_(False).eval()
 
 

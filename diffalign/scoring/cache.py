@@ -21,16 +21,27 @@ def pixel_digest(pixels: Tensor) -> bytes:
     return digest.digest()
 
 
-def key(pixels: bytes, item: Item, reward: Reward, fingerprint: str) -> bytes:
+def key(
+    pixels: bytes, item: Item, reward: Reward, fingerprint: str, files: Mapping[str, list[str]] | None = None
+) -> bytes:
     """The address of a score: what the reward sees of the pixels, the prompt and the metadata, and what it is itself.
 
     A function says nowhere what it reads, so all that it gets is in the key.
+
+    Args:
+        pixels: their digest.
+        item: whose prompt and metadata.
+        reward: what scores it.
+        fingerprint: of the reward.
+        files: key of the metadata -> digests of the files that it names, which stand for their names.
     """
     reads_all = isinstance(reward, FunctionReward)
     prompt = item.prompt if reads_all or "prompt" in reward.needs else None
     reads = reward.needs + reward.optional
-    metadata = {k: v for k, v in item.metadata.items() if reads_all or k in reads}
-    told = hashlib.sha256(json.dumps([prompt, metadata], sort_keys=True, default=str).encode()).digest()
+    metadata = {k: v for k, v in item.metadata.items() if (reads_all or k in reads) and k not in (files or {})}
+    told = hashlib.sha256(
+        json.dumps([prompt, metadata, *([files] if files else [])], sort_keys=True, default=str).encode()
+    ).digest()
     return hashlib.sha256(pixels + told + fingerprint.encode()).digest()
 
 

@@ -94,7 +94,7 @@ def decode(item: Item, data: bytes | str | None, videos: bool) -> tuple[Item, Pi
         return item, "is a video, and images are scored"
     try:
         if item.span:
-            data = _member(item)
+            data = member_bytes(item)
         if data is None:
             return _opened(item, item.file)
         # Files are opened by their paths: this one is gone again when its pixels are there.
@@ -118,7 +118,8 @@ def _opened(item: Item, file: Path) -> tuple[Item, Pixels]:
         raise ValueError(str(error).removeprefix(f"{file} ")) from None
 
 
-def _member(item: Item) -> bytes:
+def member_bytes(item: Item) -> bytes:
+    """The encoded image of a member of a tar. ValueError: it has too many bytes, or the tar too few."""
     offset, size = item.span
     if size > MAX_FILE_BYTES:
         raise ValueError(f"has {size:,} bytes: at most {MAX_FILE_BYTES:,} are read")

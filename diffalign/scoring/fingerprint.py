@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.recipe_file import parse_yaml
-from diffalign.rewards import FunctionReward, Reward, shipped_recipes
+from diffalign.rewards import FunctionReward, Reward
+from diffalign.rewards.recipe import recipe_path
 
 _COUNTERS = {"truncated_prompts"}  # attributes that change while a reward scores
 _DEPTH = 8  # of objects in objects, which may hold each other
@@ -39,9 +40,8 @@ def fingerprint(reward: Reward, source: str | Path | None = None) -> str:
 def _recipe(source: str | Path | None) -> Any:
     if source is None:
         return None
-    path = Path(source) if str(source).endswith((".yaml", ".yml")) else None
-    path = path or shipped_recipes().get(str(source).removeprefix("zoo:").casefold())
-    return str(source) if path is None else parse_yaml(path.expanduser().read_text(encoding="utf-8"), str(path))
+    path = recipe_path(source, Path.cwd())
+    return str(source) if path is None else parse_yaml(path.read_text(encoding="utf-8"), str(path))
 
 
 def _parts(value: Any, name: str, packages: frozenset[str] = frozenset(), depth: int = 0) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from diffalign.registry import resolve_data
 from diffalign.scoring.archive import tar_items
 from diffalign.scoring.items import Item, file_item, folder_items, sidecar
 from diffalign.scoring.lists import list_items
@@ -45,7 +46,13 @@ def _with_prompts(items: list[Item], file: str | Path) -> list[Item]:
             f"{file} holds {len(prompts):,} prompts for {len(items):,} items: give one for each, in the order of the "
             "items, or a single one for all."
         )
+    folder = resolve_data(file, relative_to=Path()).parent
     return [
-        replace(item, prompt=prompt.text, metadata=item.metadata | prompt.metadata)
+        replace(
+            item,
+            prompt=prompt.text,
+            metadata=item.metadata | prompt.metadata,
+            folders=dict.fromkeys(prompt.metadata, folder),
+        )
         for item, prompt in zip(items, prompts, strict=True)
     ]

@@ -28,6 +28,9 @@ class Item:
         file: the file that holds its pixels.
         prompt: None where nothing gives one.
         metadata: what else its list or sidecar says of it.
+        folder: where paths in its metadata start; None: the folder of `file`, or inside the tar.
+        folders: key of the metadata -> where its paths start, of those that do not start in `folder`.
+        references: key of the metadata -> the files that it names; see `with_references`.
         span: (offset, bytes) of its pixels in a tar.
         cell: (column, row) of its pixels in a parquet file.
         stamp: (bytes, modification time in ns) of `file`; another one means other content.
@@ -38,6 +41,9 @@ class Item:
     file: Path
     prompt: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    folders: dict[str, Path] = field(default_factory=dict)
+    references: dict[str, tuple[Item, ...]] = field(default_factory=dict)
     span: tuple[int, int] | None = None
     cell: tuple[str, int] | None = None
     stamp: tuple[int, int] | None = None
@@ -50,8 +56,9 @@ class Item:
 
     @property
     def digest(self) -> str:
-        """Of all that its scores depend on, the pixels by their file's size and time."""
+        """Of all that its scores depend on, the pixels of every file by its size and time."""
         told = [self.name, self.prompt, self.metadata, self.span, self.cell, self.stamp, self.problem]
+        told += [reference.digest for key in sorted(self.references) for reference in self.references[key]]
         return blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -136,7 +143,10 @@ def sidecar_text(suffix: str, data: bytes) -> tuple[str | None, dict[str, Any]]:
 
 def printable(path: Path) -> str:
     """A path as text that every file can hold; bytes that are no UTF-8 are written out."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # JSON can say halves of characters, which no path has
+        return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def one_line(error: object, most: int = 300) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def list_items(path: Path, prompt_column: str | None) -> Iterator[Item]:
         name = row.pop(column)
         if not isinstance(name, str) or not name:
             raise ValueError(f"{path}, line {line}: {column} is {name!r}, and must be the path of a file.")
-        yield file_item(path.parent / Path(name), prompt, row)
+        yield replace(file_item(path.parent / Path(name), prompt, row), folder=path.parent)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -100,7 +101,8 @@ def _parquet_items(path: Path, prompt_column: str | None) -> Iterator[Item]:
                         name = f"{printable(path)}/{number}"
                         yield Item(name, path, prompt, row, cell=(pixels, number), stamp=stamp)
                     else:
-                        yield file_item(path.parent / str(row.pop(column)), prompt, row)
+                        item = file_item(path.parent / str(row.pop(column)), prompt, row)
+                        yield replace(item, folder=path.parent)
                     number += 1
     except (pa.ArrowException, OSError) as error:
         yield Item(printable(path), path, problem=f"cannot be read as parquet: {one_line(error)}")

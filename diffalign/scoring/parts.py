@@ -1,7 +1,8 @@
 """What of a run is done: `OUT.parts/`, a folder that is only added to, so that a run may end at any moment.
 
-A part holds the scores of `ROWS` items that follow each other. It gets its name when it is whole, and what has its
-name and cannot be read, or holds other rows, is scored again. `plan.json` says what the parts are parts of.
+A part holds the scores of `ROWS` items that follow each other, or of all items of some prompts where a reward compares
+them. It gets its name when it is whole, and what has its name and cannot be read, or holds other rows, is scored again.
+`plan.json` says what the parts are parts of.
 """
 
 from __future__ import annotations
@@ -33,24 +34,26 @@ class Parts:
         folder: `OUT.parts`.
         items: all that is scored, in order.
         fingerprints: of each reward, by name.
+        grouped: whether the items of a prompt stay together, one prompt after another.
 
     Attributes:
         chunks: the indices of the items of each part.
-        rows: how many items a part has, but the last.
 
     Raises:
         ValueError: the folder holds parts of something else, told in words; or it cannot be made.
     """
 
-    def __init__(self, folder: Path, items: Sequence[Item], fingerprints: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, items: Sequence[Item], fingerprints: Mapping[str, str], grouped: bool = False
+    ) -> None:
         self.folder = folder
         self.names = list(fingerprints)
-        self.rows = ROWS
-        starts = range(0, len(items), self.rows)
-        self.chunks = [range(start, min(start + self.rows, len(items))) for start in starts]
+        starts = range(0, len(items), ROWS)
+        chunks = [range(start, min(start + ROWS, len(items))) for start in starts]
+        self.chunks: Sequence[Sequence[int]] = _whole_groups(items) if grouped else chunks
         columns = {"name": [item.name for item in items], "digest": [item.digest for item in items]}
         whole = sha256("".join(columns["digest"]).encode()).hexdigest()
-        plan = {"inputs": whole, "items": len(items), "rows": self.rows, "rewards": dict(fingerprints)}
+        plan = {"inputs": whole, "items": len(items), "rows": ROWS, "rewards": dict(fingerprints)}
         self._claim(plan, columns)
 
     def done(self, chunk: int) -> bool:
@@ -82,7 +85,7 @@ class Parts:
     def scores(self) -> dict[str, tuple[list[float | None], list[str | None]]]:
         """Reward name -> (values, reasons) of all items in order."""
         tables = [self._read(chunk) for chunk in range(len(self.chunks))]
-        whole = pa.concat_tables(tables)
+        whole = pa.concat_tables(tables).sort_by("index")
         return {name: (whole[f"value/{name}"].to_pylist(), whole[f"reason/{name}"].to_pylist()) for name in self.names}
 
     def _path(self, chunk: int) -> Path:
@@ -116,6 +119,19 @@ class Parts:
             f"{self.folder} belongs to another run: {'; '.join(told) or 'it was written by another version'}. Choose "
             "another --out, or remove that folder to score everything again."
         )
+
+
+def _whole_groups(items: Sequence[Item]) -> list[list[int]]:
+    """Prompts in their order, so many to a part that it has at most `ROWS` items, or a single prompt."""
+    groups: dict[str | int, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(index if item.prompt is None else item.prompt, []).append(index)
+    chunks: list[list[int]] = []
+    for group in groups.values():
+        if not chunks or len(chunks[-1]) + len(group) > ROWS:
+            chunks.append([])
+        chunks[-1] += group
+    return chunks
 
 
 def _changed_items(before: dict[str, str], now: Mapping[str, Sequence[str]]) -> list[str]:

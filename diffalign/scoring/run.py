@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from diffalign.scoring.gallery import gallery
 from diffalign.scoring.inputs import read_inputs
 from diffalign.scoring.items import Item
 from diffalign.scoring.parts import Parts, write_whole
+from diffalign.scoring.references import file_keys, with_references
 from diffalign.scoring.request import CommonRequest, Request
 from diffalign.scoring.summary import RewardSummary, summarise
 from diffalign.scoring.table import best, columns_of, write_table
@@ -83,12 +84,14 @@ def score(
 
     Args:
         inputs: folders (with `.txt` or `.json` sidecars, or a `samples.jsonl`), files, lists (`.csv`, `.jsonl`,
-            `.parquet`, with columns for path or bytes, prompt and metadata), WebDataset `.tar` files.
+            `.parquet`, with columns for path or bytes, prompt and metadata), WebDataset `.tar` files. What metadata
+            names for a reward to open is looked for as `with_references` says.
         rewards: names, recipe files, `Reward` objects or functions (see `as_reward`), each of another name.
         out: `.parquet`, `.csv` or `.jsonl`. Beside it lie a gallery, `.html`, and with `keep` the kept rows.
         prompts: a file as for `read_prompts` with one prompt for each item, or one for all, in the place of their own.
         prompt_column: of lists; default: the first of prompt, caption and text.
-        batch_size: items at once; None: by their size. Either way it is halved where memory is short.
+        batch_size: items at once; None: by their size. Either way it is halved where memory is short. A reward that
+            compares the samples of a prompt gets all of them at once.
         keep: the share of the rows that is written to `OUT.kept.SUFFIX`, the best by the first reward.
         per: the column within whose groups the best are kept.
         shard: (number, count): this run does one of `count` shares; the last to finish writes the file.
@@ -122,7 +125,9 @@ def run_request(request: Request, progress: bool = True) -> Result:
     items, state = read_inputs(request), process_state()
     if request.per is not None:
         _check_column(request.per, items)
-    parts, hits = score_items(request, items, load_rewards(request), progress, request.shard)
+    loaded = load_rewards(request)
+    items = with_references(items, {key for reward, _ in loaded for key in file_keys(reward)})
+    parts, hits = score_items(request, items, loaded, progress, request.shard)
     result = Result(request.out, parts.missing(), len(items), hits=hits)
     if state.is_main_process and not result.missing:
         result = _finish(request, items, parts, result)
@@ -145,11 +150,6 @@ def load_rewards(request: CommonRequest) -> Loaded:
         reward = known_rewards.load(asked) if named else known_rewards.as_reward(asked)
         if reward.name in found:
             raise ValueError(f"two rewards are named {reward.name!r}: leave one out, or give it another name.")
-        if reward.groupwise:
-            raise ValueError(
-                f"reward {reward.name!r} compares the samples of a prompt with each other, and files are scored one by "
-                "one: choose another."
-            )
         found[reward.name] = (reward.to(process_state().device), asked if named else None)
     return list(found.values())
 
@@ -172,7 +172,7 @@ def score_items(
     state, (number, count) = process_state(), shard
     fingerprints = {reward.name: fingerprint(reward, source) for reward, source in loaded}
     with state.main_process_first():
-        parts = Parts(request.parts, items, fingerprints)
+        parts = Parts(request.parts, items, fingerprints, grouped=any(reward.groupwise for reward, _ in loaded))
     mine, of = number * state.num_processes + state.process_index, count * state.num_processes
     own = request.parts / f"cache-{mine}-of-{of}.sqlite"
     cache = Cache(request.cache / "scores.sqlite" if request.cache else own)
@@ -200,8 +200,9 @@ def _score_parts(scorer: Scorer, parts: Parts, items: Sequence[Item], share: ran
                 bar.advance(task)
                 yield row
 
-        for chunk, rows in groupby(counted(decode_ahead(ahead, videos)), key=lambda row: row[0] // parts.rows):
-            parts.write(chunk, scorer.score(rows))
+        rows = counted(decode_ahead(ahead, videos))
+        for chunk in todo:
+            parts.write(chunk, scorer.score(islice(rows, len(parts.chunks[chunk]))))
 
 
 class _Speed(ProgressColumn):

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffalign import media
+from diffalign.media.files import reading
 from tests.media.hostile import KINDS, image, video, write_corpus
 
 VIDEOS = (".mp4", ".webm", ".avi", ".gif")
@@ -66,6 +68,21 @@ def test_every_file_gives_pixels_or_a_reason(corpus, recwarn):
         elif what not in EITHER:
             assert isinstance(found, str), f"{what} was read, as {tuple(found.shape)}"
     assert not recwarn.list
+
+
+def test_the_filters_of_warnings_are_put_back_in_whatever_order_threads_leave(tmp_path):
+    """Filters are the process's own: if each file put back those that it found, the second would silence for good."""
+    file, before = tmp_path / "file", list(warnings.filters)
+    file.write_bytes(b"x")
+    first, second = (reading(file, media.ImageError, 10) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    warnings.warn("while one is open", UserWarning, stacklevel=1)  # would be an error here
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
+    with pytest.warns(UserWarning, match="told"):
+        warnings.warn("told", UserWarning, stacklevel=1)
 
 
 REASONS = {

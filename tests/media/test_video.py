@@ -113,36 +113,10 @@ def test_what_is_no_video_is_not_saved(tmp_path):
         media.save_video(torch.rand(2, 3, 4, 4), tmp_path / "no.mp4", 0)
 
 
-def numbered(frames, fps):
-    return media.Video(torch.arange(frames, dtype=torch.uint8)[:, None, None, None].expand(frames, 3, 2, 2), fps)
-
-
-def shown(sampled):
-    return sampled.frames[:, 0, 0, 0].tolist()
-
-
-def test_sampling_by_number_keeps_first_and_last():
-    eleven = numbered(11, 10.0)
-    assert shown(media.sample_frames(eleven, number=3)) == [0, 5, 10]
-    assert shown(media.sample_frames(eleven, number=1)) == [0]
-    assert shown(media.sample_frames(eleven, number=20)) == list(range(11))
+def test_indices_at_equal_distances_keep_first_and_last():
+    assert media.uniform_indices(11, 3) == [0, 5, 10]
+    assert media.uniform_indices(11, 1) == [0]
+    assert media.uniform_indices(11, 20) == list(range(11))
     for number in range(2, 12):
         index = media.uniform_indices(11, number)
         assert (index[0], index[-1], len(set(index))) == (0, 10, number)
-
-
-def test_sampling_by_rate_takes_the_frame_on_screen():
-    half = media.sample_frames(numbered(9, 8.0), fps=4)
-    assert shown(half) == [0, 2, 4, 6, 8]
-    assert half.fps == 4
-    assert shown(media.sample_frames(numbered(9, 8.0), fps=3)) == [0, 2, 5, 8]  # 0, 2.67, 5.33, 8
-    assert shown(media.sample_frames(numbered(31, 30.0), fps=10)) == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30]
-    assert shown(media.sample_frames(numbered(60, 29.97), fps=29.97 / 7)) == list(range(0, 60, 7))
-    faster = media.sample_frames(numbered(4, 8.0), fps=24)
-    assert (shown(faster), faster.fps) == ([0, 1, 2, 3], 8.0)
-
-
-def test_sampling_takes_one_rule():
-    for wrong in ({}, {"number": 2, "fps": 2.0}, {"number": 0}, {"fps": -1.0}):
-        with pytest.raises(ValueError, match=r"number|fps"):
-            media.sample_frames(numbered(4, 8.0), **wrong)

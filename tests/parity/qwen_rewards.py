@@ -17,43 +17,16 @@ prints one JSON line. What is done to their code, all of it here and in memory:
 """
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import sys
 import types
 import warnings
 from pathlib import Path
 
-from beside import mend_torchvision
+from beside import EmptyFinder, mend_torchvision
 
 EMPTY = ("trl", "datasets", "pandas", "matplotlib", "fire", "omegaconf", "decord", "tensorboard", "deepspeed")
-
-
-class EmptyModule(types.ModuleType):
-    """Any name that is asked of it is a class."""
-
-    __path__ = ()
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-class EmptyFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what is not installed and not needed."""
-
-    def find_spec(self, name, path=None, target=None):
-        known = name.split(".")[0] in EMPTY or name == "torch.utils.tensorboard"
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
-
-    def create_module(self, spec):
-        return EmptyModule(spec.name)
-
-    def exec_module(self, module):
-        pass
+EMPTY += ("torch.utils.tensorboard",)
 
 
 def prepare(folder):
@@ -63,7 +36,7 @@ def prepare(folder):
     import transformers.trainer  # noqa: F401
 
     mend_torchvision()
-    sys.meta_path.insert(0, EmptyFinder())
+    sys.meta_path.insert(0, EmptyFinder(EMPTY))
     sys.path.insert(0, str(folder / "VideoAlign"))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffalign.policies import POLICIES, Policy
 from diffalign.rollout import log_probs, transition
+from tests.contract_table import print_table
 from tests.policies.contract import FAMILIES, PROMPTS, Family, Run, differentiate, drawn, noise, pixels, relative
 
 # diffusers' EulerAncestral with numpy 2
@@ -206,16 +207,8 @@ def test_no_family_is_left_out() -> None:
 
 
 def main() -> None:
-    """Print the contract's table in Markdown; a promise that is not kept says so in its cell."""
-    print("| family | " + " | ".join(PROPERTIES) + " |\n" + "| --- " * (len(PROPERTIES) + 1) + "|")
-    for name, family in FAMILIES.items():
-        cells = []
-        for measure in PROPERTIES.values():
-            try:
-                cells.append(measure(family))
-            except AssertionError as error:
-                cells.append(f"**broken** {error}".splitlines()[0])
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    """Print the contract's table in Markdown."""
+    print_table("family", FAMILIES, PROPERTIES)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from diffalign import media
+from diffalign.registry import data_root
 from diffalign.rewards import Reward
 from diffalign.rewards.aesthetic import AestheticReward
 from diffalign.rewards.clip import CLIPReward, PickScoreReward
+from diffalign.rewards.conditions import DepthConsistency, EdgeConsistency, SegmentationConsistency
 from diffalign.rewards.frames import FrameReward
+from diffalign.rewards.geneval import GenEval
 from diffalign.rewards.hps import HPSReward
 from diffalign.rewards.imagereward import ImageReward
 from diffalign.rewards.jpeg import JpegSize
+from diffalign.rewards.mj_video.reward import MJVideoReward
 from diffalign.rewards.motion import DynamicDegree, MotionSmoothness
 from diffalign.rewards.mps import MPSReward
 from diffalign.rewards.ocr import TextMatch
@@ -23,11 +28,17 @@ from diffalign.rewards.pal import PalModel, PalReward
 from diffalign.rewards.preference import PreferenceHead, PreferenceReward
 from diffalign.rewards.qwen_rewards.hpsv3 import HPSv3Reward
 from diffalign.rewards.qwen_rewards.video_reward import VideoReward
+from diffalign.rewards.subject import SubjectSimilarity
 from diffalign.rewards.vlm import GoalBaseline, LocalVLM, Rating, YesLogit
+from diffalign.rewards.vlm.judge import Question
+from diffalign.rewards.vlm.unified_reward import AXES
+from diffalign.rewards.vlm.written import AnswerForm, WrittenRating
 from tests.parity.imagereward_case import random_checkpoint, write_tokenizer
 from tests.rewards import tiny
 from tests.rewards.pictures import pictures
+from tests.rewards.tiny_internvl import save_mj_video
 from tests.rewards.tiny_qwen import save_hpsv3, save_video_reward
+from tests.rewards.tiny_vision import write_dino, write_dpt, write_mask2former, write_segformer
 from tests.rewards.tiny_vlm import save_vlm
 
 
@@ -43,6 +54,8 @@ class Scorer:
         bound: of the difference between finite differences and the gradient, over the gradient's norm.
         metadata: of each sample.
         step: of the finite differences; larger where the network has parts in float32 for good.
+        rounds: whether it rounds images to 8 bits itself.
+        library: that must be installed beside those that everything needs.
     """
 
     build: Callable[[Path], Reward]
@@ -52,6 +65,12 @@ class Scorer:
     bound: float = 1e-4
     step: float = 1e-6
     metadata: dict[str, Any] = field(default_factory=dict)
+    rounds: bool = True
+    library: str | None = None
+
+    def runs(self) -> bool:
+        """Whether its library is installed."""
+        return self.library is None or find_spec(self.library) is not None
 
 
 def aesthetic(folder: Path, weights: dict[str, torch.Tensor]) -> Reward:
@@ -84,6 +103,10 @@ def hpsv3(folder: Path) -> Reward:
     return HPSv3Reward(save_hpsv3(folder) / "HPSv3.safetensors", folder / "base")
 
 
+def mj_video(folder: Path) -> Reward:
+    return MJVideoReward(save_mj_video(folder) / "model.safetensors", folder / "base")
+
+
 def video_reward(folder: Path) -> Reward:
     return VideoReward(save_video_reward(folder) / "checkpoint-7" / "model.pth", folder / "base")
 
@@ -101,6 +124,32 @@ def pal(folder: Path) -> Reward:
 def vlm(folder: Path) -> LocalVLM:
     return LocalVLM(save_vlm(folder))
 
+
+def geneval(folder: Path) -> Reward:
+    return GenEval(write_mask2former(folder / "detector"), tiny.write_clip(folder / "clip"))
+
+
+def written(folder: Path) -> Reward:
+    """A random model writes no form: here its answer is one token, and the number is that of its bytes together.
+
+    What it sees hardly moves what it says: so its last layer forgets what a picture of something else makes it say.
+    """
+    judge = vlm(folder)
+    judge.model.generation_config.eos_token_id = list(range(len(judge.processor.tokenizer)))
+    with torch.no_grad():
+        inputs = judge._inputs([Question((PICTURE,), AXES.question)])
+        common = judge.model(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        words = judge.model.get_output_embeddings().weight
+        words -= torch.outer(words @ common, common) / common.square().sum()
+    return WrittenRating(judge, AnswerForm(AXES.question, ("bytes",), lambda text: (float(sum(text.encode())),)))
+
+
+def open_clip(folder: Path) -> Reward:
+    return CLIPReward(f"local-dir:{data_root() / 'zoo' / 'shapes-clip'}", library="open_clip")
+
+
+PICTURE = media.from_pil(next(pictures(1, 60, 84, seed=5)))[0]
+CLASSES = (torch.arange(60)[:, None] // 20 + torch.arange(84) // 42).contiguous()  # 0 to 3
 
 SCORERS = {
     "CLIP": Scorer(lambda f: CLIPReward(tiny.write_clip(f)), "transformers' CLIPModel", "clip-vit-l-14"),
@@ -127,6 +176,7 @@ SCORERS = {
         lambda f: Rating(vlm(f)), "transformers' Qwen2.5-VL", "vqascore-qwen2.5-vl", bound=2e-2, step=1e-4
     ),
     "HPSv3": Scorer(hpsv3, "HPSv3.safetensors, names of transformers 4.45", "hpsv3", bound=2e-2, step=1e-4),
+    "MJ-VIDEO": Scorer(mj_video, "model.safetensors, InternVL2's names", "mj-video", bound=2e-2, step=1e-4),
     "VideoReward": Scorer(
         video_reward,
         "checkpoint-N/model.pth, model_config.json",
@@ -139,6 +189,35 @@ SCORERS = {
     "PAL": Scorer(pal, "our own safetensors", "shapes-preference", metadata={"user": "ann"}),
     "JPEG size": Scorer(lambda _: JpegSize(), None, "jpeg-size"),
     "OCR": Scorer(lambda _: TextMatch(), "the wheel of rapidocr", "ocr", ('a sign "GO"', 'a "cat"', 'say "42"')),
+    "open_clip": Scorer(open_clip, "open_clip's models", "clip-vit-bigg-14", library="open_clip"),
+    "DINO subject": Scorer(
+        lambda f: SubjectSimilarity(write_dino(f)),
+        "transformers' ViTModel",
+        "dino-subject",
+        metadata={"reference": PICTURE},
+    ),
+    "edges": Scorer(
+        lambda _: EdgeConsistency(), None, "edge-consistency", metadata={"edges": PICTURE}, step=1e-8, rounds=False
+    ),
+    "depth": Scorer(
+        lambda f: DepthConsistency(write_dpt(f)),
+        "transformers' DPTForDepthEstimation",
+        "depth-consistency",
+        metadata={"depth": 0.1 + PICTURE.mean(0)},
+    ),
+    "segmentation": Scorer(
+        lambda f: SegmentationConsistency(write_segformer(f)),
+        "transformers' SegformerForSemanticSegmentation",
+        "segmentation-consistency",
+        metadata={"segmentation": CLASSES},
+    ),
+    "GenEval": Scorer(
+        geneval,
+        "transformers' Mask2Former and CLIPModel",
+        "geneval",
+        metadata={"include": [{"class": "dog", "count": 5, "color": "red"}]},
+    ),
+    "written rating": Scorer(written, "transformers' Qwen2.5-VL", "unified-reward"),
     "CLIP on frames": Scorer(
         lambda f: FrameReward(CLIPReward(tiny.write_clip(f)), "all"), "transformers' CLIPModel", "clip-vit-l-14"
     ),

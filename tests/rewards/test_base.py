@@ -232,6 +232,60 @@ def test_functions_of_trl_and_flow_grpo_work_unchanged():
     assert (check_gradient(reward, images, ["a", "b"]) > 0).all()
 
 
+class Blind(Reward):
+    """The mean of an image as a judge sees it that takes NaN for black."""
+
+    name, differentiable = "blind", True
+
+    def __init__(self):
+        self.seen = []
+
+    def values(self, images, prompts, metadata):
+        self.seen.append(prompts)
+        return images.nan_to_num(0.0).clamp(0, 1).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_sample_with_pixels_that_are_not_finite_fails_unseen(bad):
+    x, reward = images(), Blind()
+    x[1, 2, 0, 3] = bad
+    leaf = x.clone().requires_grad_()
+    score = reward(leaf, PROMPTS)
+    assert reward.seen == [["a", "c", "d"]]
+    assert score.reasons == {1: "the image has pixels that are not finite"}
+    assert score.valid.tolist() == [True, False, True, True]
+    torch.testing.assert_close(score.value[score.valid], x[[0, 2, 3]].mean((1, 2, 3)))
+    (gradient,) = torch.autograd.grad(score.value[score.valid].sum(), leaf)
+    assert not gradient[1].any()
+    torch.testing.assert_close(gradient[[0, 2, 3]], torch.full((3, 3, 5, 6), 1 / 90, dtype=torch.float64))
+    x[3] = 2.0  # the others are still held to the contract
+    with pytest.raises(ValueError, match="never rescale"):
+        reward(x, PROMPTS)
+    assert not reward(torch.full((2, 3, 4, 4), bad), ["a", "b"]).valid.any()
+    assert len(reward.seen) == 1
+
+
+def test_it_leaves_its_group_and_the_others_are_scored_together():
+    reward, x = Blind(), images()
+    reward.groupwise = True
+    reward.values = lambda images, prompts, metadata: images.mean((1, 2, 3)) - images.mean()  # from the group's mean
+    x[2, 0, 0, 0] = math.nan
+    score = reward(x, ["p"] * 4)
+    rest = x[[0, 1, 3]]
+    torch.testing.assert_close(score.value[[0, 1, 3]], rest.mean((1, 2, 3)) - rest.mean())
+    assert list(score.reasons) == [2]
+
+
+def test_a_failure_of_both_kinds_keeps_both_reasons():
+    def moody(images, prompts, metadata):
+        return images.mean((1, 2, 3)) / torch.tensor([float(prompt != "d") for prompt in prompts])
+
+    x = images()
+    x[0, 0, 0, 0] = math.nan
+    score = as_reward(moody)(x, PROMPTS)
+    assert score.reasons == {0: "the image has pixels that are not finite", 3: "the score is inf"}
+
+
 class Counting(Reward):
     """The mean of an image; has memory for some of them, and breaks on a white one."""
 

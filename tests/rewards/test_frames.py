@@ -73,12 +73,38 @@ def test_gradient_equals_finite_differences_and_is_zero_elsewhere():
 
 
 def test_a_video_fails_with_its_frame_and_no_other():
-    batch = videos(3)
-    batch[1, 3] = math.nan
-    score = FrameReward(BRIGHTNESS, "segments", 4)(batch, ["", "", ""])
-    assert score.valid.tolist() == [True, False, True]
-    assert "frame 3: the score is nan" in score.reasons[1]
-    assert not FrameReward(BRIGHTNESS, "segments", 12)(batch, [""] * 3).valid.any()
+    batch = videos(4)
+    batch[1, 3] = 0.0
+    batch[2, 4] = math.nan  # a frame that is not among those that count
+    log = rewards.as_reward(lambda images, prompts, metadata: images.mean((1, 2, 3)).log(), name="log")
+    leaf = batch.clone().requires_grad_()
+    score = FrameReward(log, "segments", 4)(leaf, [""] * 4)
+    assert score.valid.tolist() == [True, False, False, True]
+    assert score.reasons == {1: "frame 3: the score is -inf", 2: "the video has pixels that are not finite"}
+    expected = batch[[0, 3]][:, [1, 3, 5, 7]].mean((2, 3, 4)).log().mean(1)
+    torch.testing.assert_close(score.value[score.valid], expected)
+    (gradient,) = torch.autograd.grad(score.value[score.valid].sum(), leaf)
+    assert gradient.isfinite().all()
+    assert not gradient[1:3].any()
+    short = FrameReward(BRIGHTNESS, "segments", 12)(batch, [""] * 4)
+    assert not short.valid.any()
+    assert "11 frames, and 12 segments need one each" in short.reasons[0]
+
+
+def test_an_adaptive_reward_on_frames_is_found_and_told_its_parts():
+    dark = rewards.as_reward(lambda images, prompts, metadata: 1 - images.mean((1, 2, 3)), name="dark")
+    inner = rewards.Lagrangian(BRIGHTNESS, [(dark, 0.9)], rate=2.0)
+    reward, batch = FrameReward(inner, "segments", 4), videos(3)
+    assert list(reward.walk()) == [reward, inner, BRIGHTNESS, dark]
+    score = reward(batch, [""] * 3)
+    light = batch[:, [1, 3, 5, 7]].mean((1, 2, 3, 4))
+    torch.testing.assert_close(score.value, light)  # the multiplier is still 0
+    torch.testing.assert_close(score.parts["dark"], 1 - light)
+    for part in reward.walk():
+        part.observe({name: float(values.mean()) for name, values in score.parts.items()})
+    multiplier = 2 * (0.9 - float((1 - light).mean()))
+    assert inner.multipliers["dark"] == pytest.approx(multiplier)
+    torch.testing.assert_close(reward(batch, [""] * 3).value, light + multiplier * (0.1 - light))
 
 
 def test_sums_of_rewards_count_too_and_keep_what_they_need():

@@ -335,5 +335,5 @@ def test_the_reward_scores_images_and_fails_one_by_one(detector, tiny_clip):
     wrong = [metadata[2], {}, {"include": [{"class": "unicorn", "count": 1}]}]
     failed = reward(broken, [""] * 3, wrong)
     assert not failed.valid.any()
-    for index, words in enumerate(["NaN", "include is empty", "detects no 'unicorn'"]):
+    for index, words in enumerate(["pixels that are not finite", "include is empty", "detects no 'unicorn'"]):
         assert re.search(words, failed.reasons[index])

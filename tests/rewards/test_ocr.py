@@ -84,4 +84,4 @@ def test_no_target_and_no_image_are_failed_scores(reward):
     assert score.valid.tolist() == [True, False, False]
     assert score.value[0] == 1
     assert "no text to look for" in score.reasons[1]
-    assert "NaN" in score.reasons[2]
+    assert score.reasons[2] == "the image has pixels that are not finite"

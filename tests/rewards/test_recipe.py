@@ -7,6 +7,7 @@ import torch
 
 from diffalign import rewards
 from diffalign.registry import UnknownName
+from diffalign.rewards.recipe import recipe_path
 
 RECIPE = {"name": "mine", "type": "clip", "path": "models/tiny", "scale": "cosine", "licence": "MIT", "source": "me"}
 
@@ -29,6 +30,14 @@ def test_shipped_recipes_are_complete():
         assert recipe.size
         assert recipe.needs is not None
         assert recipe.differentiable is not None
+
+
+def test_the_file_of_a_recipe_is_found_by_name_and_by_path(tmp_path):
+    shipped = rewards.shipped_recipes()["pickscore"]
+    assert recipe_path("pickscore", tmp_path) == recipe_path("zoo:PickScore", tmp_path) == shipped
+    assert recipe_path("parts/mine.yaml", tmp_path) == tmp_path / "parts" / "mine.yaml"
+    assert recipe_path(tmp_path / "mine.yml", Path("elsewhere")) == tmp_path / "mine.yml"
+    assert recipe_path("shapes-oracle", tmp_path) is None
 
 
 def test_a_recipe_file_names_its_folder_relative_to_itself(tiny_clip, tmp_path):

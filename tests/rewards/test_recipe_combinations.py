@@ -39,9 +39,13 @@ LOG_SIGMOID = 2 * torch.nn.functional.logsigmoid((RED - 0.4) / 0.1) + torch.nn.f
 MOMENTS = {"red": {"mean": 0.5, "std": 0.1}, "green": {"mean": 0.4, "std": 0.2}}
 REFERENCES = {"one": [0.2, 0.6], "two": 0.5}
 PAR = torch.stack([torch.sigmoid(RED - r) for r in (0.2, 0.6)]).mean(0)
+# of two samples each is half their difference from the mean, and the standard deviation that over the root of 2
+SIGNS = torch.stack([(x[[0, 0, 2, 2]] - x[[1, 1, 3, 3]]).sign() for x in (RED, GREEN)]) * torch.tensor([1, -1, 1, -1])
+GROUP_STANDARDISED = (2 * SIGNS[0] + SIGNS[1]) / 2**0.5
 CASES = {
     "weighted_sum": ({"terms": WEIGHTED}, 2 * RED + GREEN),
     "standardised_sum": ({"terms": WEIGHTED, "statistics": MOMENTS}, 2 * (RED - 0.5) / 0.1 + (GREEN - 0.4) / 0.2),
+    "group_standardised": ({"terms": WEIGHTED}, GROUP_STANDARDISED),
     "harmonic": ({"terms": WEIGHTED}, HARMONIC),
     "log_sigmoid": ({"terms": WEIGHTED, "thresholds": TAUS, "scales": {"red": 0.1}}, LOG_SIGMOID),
     "mean": ({"members": ALL}, STACK.mean(0)),

@@ -136,6 +136,20 @@ def test_an_encoder_that_fails_on_one_image_costs_that_image_alone():
         VendiReward(fragile)(torch.ones(3, 3, 4, 4))
 
 
+def test_an_image_with_pixels_that_are_not_finite_is_not_encoded():
+    def blind(images):
+        return colours(images.nan_to_num(0.0))
+
+    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    rest = VendiReward(blind)(torch.cat([images[:2], images[3:]]))
+    images[2, 0, 0, 0] = math.nan
+    score = VendiReward(blind)(images)
+    assert score.reasons == {2: "the image has pixels that are not finite"}
+    torch.testing.assert_close(score.value, rest.value)
+    with pytest.raises(ValueError, match="nothing to encode: the image has pixels"):
+        VendiReward(blind)(torch.full((3, 3, 4, 4), math.nan))
+
+
 def test_what_cannot_be_scored_is_said():
     reward = make("kid", 4)
     cases = (

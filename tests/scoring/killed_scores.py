@@ -1,6 +1,7 @@
 """Scores a folder whole, and again killed and resumed. A program of its own, for it forks.
 
     python killed_scores.py small OUT INPUT COUNT    killed COUNT times at chosen calls of a reward or the disk
+    python killed_scores.py groups OUT INPUT COUNT   the same, with a reward of groups and one of references
     python killed_scores.py zoo OUT INPUT COUNT      one run killed COUNT times, at random times after random parts
 
 Every run is a process of its own that SIGKILL ends without a chance to clean up; forking spares each the imports.
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffalign.rewards import ParetoRank
 from diffalign.scoring import parts, run, score
 from diffalign.scoring.cache import Cache
-from tests.scoring.pictures import Red, Words
+from tests.scoring.pictures import Red, Redder, Words
 
 RUNS = {
     "small": lambda: [Red(), Words("words")],
+    "groups": lambda: [ParetoRank([Red(), Redder()], name="rank"), Redder()],
     "zoo": lambda: ["shapes-clip", "shapes-preference", "shapes-oracle", Red()],
 }
 
@@ -63,7 +66,7 @@ def scored(kind, folder, inputs, moment=None, after=None):
     child = os.fork()
     if child == 0:
         count = [0]
-        if kind == "small":
+        if kind != "zoo":
             arm(moment, count)
             parts.ROWS = 8
         os.chdir(folder)
@@ -88,7 +91,7 @@ if __name__ == "__main__":
     assert scored(kind, out / "whole", inputs) == 0
     seconds, calls = time.monotonic() - started, int((out / "whole" / "calls").read_text())
     print(f"whole: {seconds:.1f} s, {calls} calls", flush=True)
-    if kind == "small":
+    if kind != "zoo":
         for number, part in enumerate(np.array_split(np.arange(1, calls + 1), count)):
             here, moment = out / f"kill-{number:02d}", int(draw.choice(part))
             assert scored(kind, here, inputs, moment) == -signal.SIGKILL, moment

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+from diffalign import media
 from diffalign.rewards import Reward
 
 
@@ -35,6 +36,26 @@ class Words(Red):
     def values(self, images, prompts, metadata):
         value = super().values(images, prompts, metadata)
         return value + value.new_tensor([len(p) + m["weight"] for p, m in zip(prompts, metadata, strict=True)])
+
+
+class Redder(Red):
+    """How much redder than the mean of its reference pictures."""
+
+    needs = files = ("reference",)
+
+    def __init__(self, name="redder"):
+        super().__init__(name)
+
+    def values(self, images, prompts, metadata):
+        value = super().values(images, prompts, metadata)
+        return value - value.new_tensor([_mean_red(entry["reference"]) for entry in metadata])
+
+
+def _mean_red(paths):
+    paths = paths if isinstance(paths, list) else [paths]
+    if not paths:
+        raise ValueError("reference is an empty list")
+    return sum(float(media.from_pil(media.open_image(path))[0, 0].mean()) for path in paths) / len(paths)
 
 
 def picture(number, size=(8, 6)):

@@ -176,6 +176,13 @@ def test_other_tables_are_refused_in_words(tmp_path):
         run(tmp_path, "pickapic", tmp_path, Red())
 
 
+def test_a_reward_that_compares_whole_groups_is_refused(tmp_path):
+    reward = Red()
+    reward.groupwise = True
+    with pytest.raises(ValueError, match="'red' compares all samples of a prompt, and hpdv3 asks about two"):
+        run(tmp_path, "hpdv3", hpdv3(tmp_path / "set", [("a", 200, 100)]), reward)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

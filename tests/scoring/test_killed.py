@@ -1,5 +1,6 @@
 """Killed at any moment and resumed, a run ends as the one that was not; and no file ends a run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffalign import media
-from tests.scoring.pictures import folder_of, rows
+from tests.scoring.pictures import folder_of, picture, rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -42,6 +43,24 @@ def test_a_killed_run_is_resumed_to_equal_files(tmp_path):
         (inputs / f"{number:03d}.json").write_text(f'{{"weight": {number % 3}}}')
     (inputs / "012.png").write_bytes(b"broken")
     assert killed_and_resumed("small", tmp_path, inputs, 6) == 6
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_groups_and_references_is_resumed_to_equal_files(tmp_path):
+    inputs = folder_of(tmp_path / "in", 24, prompts=False)
+    for number in range(24):
+        picture(number).save(inputs / f"{number:03d}.png")  # of one size
+        told = {"prompt": f"p{number % 5}", "reference": f"../subjects/{number % 2}.png"}
+        (inputs / f"{number:03d}.json").write_text(json.dumps(told))
+    (tmp_path / "subjects").mkdir()
+    for number in range(2):
+        picture(50 + number).save(tmp_path / "subjects" / f"{number}.png")
+    (inputs / "007.png").write_bytes(b"broken")
+    (inputs / "012.json").write_text('{"prompt": "p2", "reference": "gone.png"}')
+    assert killed_and_resumed("groups", tmp_path, inputs, 3) == 3
+    found = rows(tmp_path / "whole" / "out.parquet")
+    assert [number for number, row in enumerate(found) if row["rank"] is None] == [7, 12]
+    assert len({row["rank"] for row in found}) > 4
 
 
 @pytest.mark.verify

@@ -186,13 +186,6 @@ def test_what_is_wrong_is_told(tmp_path, monkeypatch, options, error, told):
     assert not (tmp_path / "out.csv.parts").exists()
 
 
-def test_a_reward_that_compares_samples_is_refused(tmp_path):
-    reward = Red()
-    reward.groupwise = True
-    with pytest.raises(ValueError, match="compares the samples of a prompt"):
-        score(folder_of(tmp_path / "in", 1), [reward], tmp_path / "out.csv", progress=False)
-
-
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image or video is there"):
         score(tmp_path, [Red()], tmp_path / "out.csv", progress=False)

@@ -29,6 +29,7 @@ class DepthConsistency(ConditionReward):
     """
 
     needs = ("depth",)
+    files = ("depth",)
 
     def __init__(self, path: str | Path, *, name: str | None = None, **how: Any) -> None:
         self.network = ImageNetwork("AutoModelForDepthEstimation", path, **how)

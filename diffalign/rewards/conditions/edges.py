@@ -27,6 +27,7 @@ class EdgeConsistency(ConditionReward):
     """
 
     needs = ("edges",)
+    files = ("edges",)
 
     def __init__(self, name: str = "edge-consistency") -> None:
         self.name = name

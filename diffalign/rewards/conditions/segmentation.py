@@ -33,6 +33,7 @@ class SegmentationConsistency(ConditionReward):
     """
 
     needs = ("segmentation",)
+    files = ("segmentation",)
 
     def __init__(self, path: str | Path, *, name: str | None = None, **how: Any) -> None:
         self.network = ImageNetwork("AutoModelForSemanticSegmentation", path, **how)

@@ -11,7 +11,7 @@ from diffalign._compat import ensure_torchvision
 from diffalign.rewards.encoders.base import DualEncoder
 from diffalign.rewards.preprocessing import ClipPreprocessing
 from diffalign.rewards.prompts import check_tokenizer
-from diffalign.rewards.weights import filled
+from diffalign.rewards.weights import filled, pretrained
 
 
 class TransformersEncoder(DualEncoder):
@@ -89,15 +89,7 @@ def load_model(path: str, revision: str | None, dtype: torch.dtype) -> Any:
             f"{path} is a model of type {kind!r}, and an encoder is one of {', '.join(known)}: for others name an "
             "open_clip model"
         )
-    model, info = known[kind].from_pretrained(
-        path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    absent = sorted(info["missing_keys"])
-    if absent:
-        raise ValueError(
-            f"{path} lacks {len(absent)} weights of a {known[kind].__name__}, such as {absent[0]}: it is another model."
-        )
-    return model
+    return pretrained(known[kind], path, revision, dtype)
 
 
 def tuned_clip(

@@ -11,11 +11,11 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.recipe import REWARD_TYPES, RewardRecipe, located
 
 
-class QwenRecipe(RewardRecipe):
-    """A checkpoint that was tuned from a Qwen2-VL."""
+class TunedRecipe(RewardRecipe):
+    """A checkpoint that was tuned from a vision-language model."""
 
     checkpoint: str = Field(description="a file (relative to this one), or OWNER/NAME/FILE on the hub")
-    base: str = Field(description="the Qwen2-VL that it was tuned from: its sizes, tokenizer and processor, no weights")
+    base: str = Field(description="the model that it was tuned from: its sizes, tokenizer and processor, no weights")
     revision: str | None = Field(None, description="of the base's hub repository")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: PositiveInt | None = Field(None, description="in one forward pass; it does not change the result")
@@ -30,7 +30,7 @@ class QwenRecipe(RewardRecipe):
 
 
 @REWARD_TYPES.register("hpsv3")
-class HPSv3Recipe(QwenRecipe):
+class HPSv3Recipe(TunedRecipe):
     """HPSv3."""
 
     def build(self, folder: Path) -> Reward:
@@ -41,7 +41,7 @@ class HPSv3Recipe(QwenRecipe):
 
 
 @REWARD_TYPES.register("video_reward")
-class VideoRewardRecipe(QwenRecipe):
+class VideoRewardRecipe(TunedRecipe):
     """VideoReward."""
 
     config: str | None = Field(

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from diffalign.media import quantise, resize
-from diffalign.rewards.base import Reward
 from diffalign.rewards.combination import Combination, Rows
 from diffalign.rewards.encoders import shared
 from diffalign.rewards.qwen_rewards.checkpoint import split_weights
 from diffalign.rewards.qwen_rewards.reader import QwenReader
 from diffalign.rewards.qwen_rewards.video_frames import frame_indices
 from diffalign.rewards.qwen_rewards.video_template import TEMPLATE
+from diffalign.rewards.video_aspects import VideoAspect
 from diffalign.rewards.vlm.qwen_patches import Folded
 from diffalign.rewards.weights import find_weights, read_weights
 
@@ -112,26 +112,6 @@ class VideoScorer:
         return self.patches.fold(quantise(resize(quantise(frames), size, self.patches.filter, rounding=False)))
 
 
-class VideoAspect(Reward):
-    """One score of VideoReward: "VQ", "MQ" or "TA"."""
-
-    media = "video"
-    differentiable = True
-    needs = ("prompt", "fps")
-
-    def __init__(self, scorer: VideoScorer, aspect: str, name: str) -> None:
-        self.scorer, self.column, self.name = scorer, ASPECTS.index(aspect), name
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the weights, which the three aspects share."""
-        self.scorer.to(device)
-        return self
-
-    def values(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Scores (B,) float32 of videos (B, F, 3, H, W)."""
-        return self.scorer(images, prompts, metadata)[:, self.column]
-
-
 class VideoReward(Combination):
     """VQ + MQ + TA, each (w h - mean) / std, so that 0 is the mean of the authors' videos; higher is preferred.
 
@@ -175,7 +155,8 @@ class VideoReward(Combination):
         batch_size: int = 2,
     ) -> None:
         scorer = VideoScorer(checkpoint, base, config, revision, dtype=dtype, batch_size=batch_size)
-        super().__init__([VideoAspect(scorer, aspect, f"{name}-{aspect}") for aspect in ASPECTS], name)
+        needs, columns = ("prompt", "fps"), enumerate(ASPECTS)
+        super().__init__([VideoAspect(scorer, at, f"{name}-{aspect}", needs) for at, aspect in columns], name)
 
     def combine(self, rows: Rows) -> Tensor:
         """The sum (N,)."""

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from diffalign.rewards.base import _check_input
+from diffalign.rewards.base import check_input
 
 Encoder = Callable[[Tensor], Tensor]
 
@@ -113,16 +113,30 @@ class SetReward:
 
 
 def encode(encoder: Encoder | None, samples: Tensor, name: str) -> tuple[Tensor, dict[int, str]]:
-    """Features (B, D) of images or videos in [0, 1], NaN where the encoder failed, and why it failed.
+    """Features (B, D) of images or videos in [0, 1], NaN where there are none, and why there are none.
 
-    A batch that raises is encoded again one by one, so that one bad sample costs itself and no other.
+    A sample with pixels that are not finite is not encoded. A batch that raises is encoded again one by one, so that
+    one bad sample costs itself and no other.
     """
     if encoder is None:
         raise ValueError(
             f"set reward {name!r} has no encoder and got samples of shape {tuple(samples.shape)}: "
             "give it features (B, D), or an encoder when it is made."
         )
-    _check_input(samples, [""] * len(samples), [{}] * len(samples), "video" if samples.ndim == 5 else "image")
+    empty = [""] * len(samples), [{}] * len(samples)
+    reasons = check_input(samples, *empty, "video" if samples.ndim == 5 else "image")
+    if not reasons:
+        return _encoded(encoder, samples, name)
+    sound = [i for i in range(len(samples)) if i not in reasons]
+    if not sound:
+        raise ValueError(f"set reward {name!r} has nothing to encode: {reasons[0]}.")
+    found, failed = _encoded(encoder, samples[sound], name)
+    features = found.new_full((len(samples), found.shape[1]), math.nan)
+    features = features.index_copy(0, torch.tensor(sound, device=found.device), found)
+    return features, reasons | {sound[i]: reason for i, reason in failed.items()}
+
+
+def _encoded(encoder: Encoder, samples: Tensor, name: str) -> tuple[Tensor, dict[int, str]]:
     try:
         return _checked(encoder(samples), len(samples), name), {}
     except Exception as error:

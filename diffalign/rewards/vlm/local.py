@@ -16,6 +16,7 @@ from diffalign._compat import ensure_torchvision
 from diffalign.media import to_pil
 from diffalign.rewards.vlm.judge import AnswerError, Judge, Question
 from diffalign.rewards.vlm.qwen_processor import QwenProcessor, load_processor
+from diffalign.rewards.weights import pretrained
 
 
 class LocalVLM(Judge):
@@ -145,13 +146,9 @@ def _load_model(path: str, revision: str | None, dtype: torch.dtype) -> Any:
     ensure_torchvision()
     from transformers import AutoModelForImageTextToText
 
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    if absent := sorted(info["missing_keys"]):
-        raise ValueError(f"{path} lacks {len(absent)} weights of a {type(model).__name__}, such as {absent[0]}.")
+    model = pretrained(AutoModelForImageTextToText, path, revision, dtype)
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{path} is a {type(model).__name__} with an encoder and a decoder: take a decoder-only model."
         )
-    return model.requires_grad_(False).eval()
+    return model

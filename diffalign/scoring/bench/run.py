@@ -116,6 +116,11 @@ def run_request(request: BenchRequest, progress: bool = True) -> BenchResult:
                 f"reward {reward.name!r} scores {reward.media}s, and {request.dataset} compares "
                 f"{request.source.media}s: choose another."
             )
+        if reward.groupwise:
+            raise ValueError(
+                f"reward {reward.name!r} compares all samples of a prompt, and {request.dataset} asks about two: "
+                "choose another."
+            )
     parts, hits = score_items(request, preferences.items, loaded, progress)
     return _finish(request, preferences, parts, hits)
 
