@@ -5,30 +5,31 @@ Nothing here imports torch: a wrong recipe is refused before any library or weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
     BeforeValidator,
     Field,
-    GetCoreSchemaHandler,
     PositiveInt,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import CoreSchema, core_schema
 
-from diffalign.finetune.config import EVERY_STEP, METHODS, GuidanceInterval, Settings, TrainingConfig
+from diffalign.finetune.config import METHODS, TrainingConfig
 from diffalign.recipe_file import FileProblem, find_recipe, merge, read_overrides, read_tree
 from diffalign.recipe_problems import Problem, RecipeError, schema_problems
 from diffalign.recipe_references import anchor_paths, check_references, content_hashes
+from diffalign.settings import EVERY_STEP, ByName, GuidanceInterval, Settings
 from diffalign.versions import versions
 
 __all__ = ["Problem", "Recipe", "RecipeError", "json_schema", "load_recipe", "write_resolved"]
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Settings)
 
 
 class PipelineConfig(Settings):
@@ -134,15 +135,6 @@ class EvaluationConfig(Settings):
         )
 
 
-class _MethodUnion:
-    """The settings of the method in METHODS that the key `name` says; `Recipe.model_rebuild` sees new ones."""
-
-    @staticmethod
-    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        choices = {name: handler.generate_schema(config) for name, config in METHODS.items()}
-        return core_schema.tagged_union_schema(choices, discriminator="name")
-
-
 class Recipe(TrainingConfig):
     """A whole run. The settings of the training loop are at the top level, as in diffusers' training scripts.
 
@@ -151,7 +143,7 @@ class Recipe(TrainingConfig):
 
     pipeline: PipelineConfig
     adapter: AdapterConfig = AdapterConfig()
-    method: Annotated[Settings, _MethodUnion]
+    method: Annotated[Settings, ByName(METHODS)]
     rewards: RewardsConfig
     prompts: PromptsConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -200,41 +192,64 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem: keys, types, ranges, names that nothing answers to, missing files.
     """
+    tree = read_recipe(path, overrides)
+    if is_search(tree):
+        raise RecipeError(str(path), [Problem("budget", f"makes this a search: run `diffalign search {path}`")])
+    return checked(Recipe, path, tree)
+
+
+def is_search(tree: Mapping[str, Any]) -> bool:
+    """Whether a recipe's tree is one to search with, for `diffalign.search_recipe`: only those have a budget."""
+    return "budget" in tree
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a recipe of any kind, not checked yet; arguments as for `load_recipe`.
+
+    Raises:
+        RecipeError: the file cannot be read, or an override is none.
+    """
     try:
         file = find_recipe(path, Path.cwd())
         tree = read_tree(file, anchor_paths)
         over = read_overrides(overrides)
         anchor_paths(over, Path.cwd())
-        tree = merge(tree, over)
+        return merge(tree, over)
     except FileProblem as problem:
         raise RecipeError(str(path), [Problem(problem.key, str(problem))]) from None
+
+
+def checked(model: type[AnyRecipe], path: str | Path, tree: dict[str, Any]) -> AnyRecipe:
+    """A recipe's tree as its model; RecipeError with every problem."""
     problems = check_references(tree)
     try:
-        recipe = Recipe.model_validate(tree, strict=True)  # strict: the text "4" is no number
+        recipe = model.model_validate(tree, strict=True)  # strict: the text "4" is no number
     except ValidationError as error:
-        raise RecipeError(str(path), schema_problems(Recipe, tree, error) + problems) from None
+        raise RecipeError(str(path), schema_problems(model, tree, error) + problems) from None
     if problems:
         raise RecipeError(str(path), problems)
     return recipe
 
 
-def write_resolved(recipe: Recipe, path: Path) -> None:
-    """Writes the whole recipe, defaults included, as YAML that `load_recipe` reads again.
+def resolved(recipe: Settings) -> dict[str, Any]:
+    """The whole recipe, of either kind, defaults included, as a tree that YAML and JSON can hold.
 
     Under the key `recorded`, which reading ignores, stand the versions of the libraries and the sha256 of every file
     that the recipe points to.
     """
     tree = recipe.model_dump(mode="json")
-    recorded = {"versions": versions(), "sha256": content_hashes(tree)}
+    return tree | {"recorded": {"versions": versions(), "sha256": content_hashes(tree)}}
+
+
+def write_resolved(recipe: Settings, path: Path) -> None:
+    """Writes `resolved` as YAML that reads again as the same recipe."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        yaml.safe_dump(tree | {"recorded": recorded}, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    path.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema(model: type[Settings] = Recipe) -> dict[str, Any]:
     """The JSON Schema (2020-12) of a recipe file, for editors: `extends` is known, and no key is required beside it."""
-    schema = Recipe.model_json_schema()
+    schema = model.model_json_schema()
     schema["properties"]["extends"] = {
         "type": "string",
         "description": "a recipe under this one: a path or a shipped name",

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from diffalign.finetune.config import METHODS, Settings
 from diffalign.recipe_file import KIND_KEYS
+from diffalign.settings import ByName
 
 Path = tuple[str | int, ...]
 SCREEN = 23  # lines
@@ -49,7 +50,7 @@ def schema_problems(model: type[BaseModel], tree: Any, error: ValidationError) -
     messages: dict[Path, list[str]] = {}
     for detail in error.errors():
         path, loc = _file_path(tree, detail["loc"]), detail["loc"]
-        if loc[0] == "evaluation" and len(loc) > 1 and loc[1] not in tree.get("evaluation", {}):
+        if loc[:1] == ("evaluation",) and len(loc) > 1 and loc[1] not in tree.get("evaluation", {}):
             continue  # a value taken over from the method, where it is told already
         messages.setdefault(path, []).append(_message(model, tree, path, detail))
     return [Problem(_shown(tree, path), _joined(found)) for path, found in messages.items()]
@@ -124,10 +125,15 @@ def _unknown_key(model: type[BaseModel], tree: Any, path: Path) -> str:
     return f"is no known key: remove it, or use one of {', '.join(beside)}"
 
 
+def _models_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The models that a field may hold."""
+    return [model for part in (field.annotation, *field.metadata) for model in _models(part)]
+
+
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a field of this annotation may hold."""
-    if annotation is Settings:  # the method: whichever is registered
-        return list(METHODS.values())
+    """The models that a type, or what stands beside it in `Annotated`, allows."""
+    if isinstance(annotation, ByName):  # a method: whichever is registered
+        return list(annotation.table.values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Annotated, Union, types.UnionType, list):
@@ -141,9 +147,7 @@ def _models_at(model: type[BaseModel], tree: Any, path: Path) -> list[type[BaseM
     for part in path:
         tree = tree[part]
         if isinstance(part, str):
-            models = [
-                m for each in models if part in each.model_fields for m in _models(each.model_fields[part].annotation)
-            ]
+            models = [m for each in models if part in each.model_fields for m in _models_of(each.model_fields[part])]
         models = [m for m in models if _fits(m, tree)] or models
     return models
 
@@ -159,7 +163,7 @@ def _fits(model: type[BaseModel], section: Any) -> bool:
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        for inner in _models(field.annotation):
+        for inner in _models_of(field):
             yield from _all_keys(inner, f"{prefix}{name}.")
 
 

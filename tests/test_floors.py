@@ -11,11 +11,11 @@ PACKAGE = ROOT / "diffalign"
 
 # Lowest first; modules of one floor may import each other.
 FLOORS = (
-    ("noise", "ledger", "registry", "recipe_file", "versions", "_compat", "processes", "laws", "media"),
+    ("noise", "ledger", "registry", "settings", "recipe_file", "versions", "_compat", "processes", "laws", "media"),
     ("policies", "rewards", "data"),
     ("rollout",),
     ("finetune", "search"),
-    ("recipe_problems", "recipe_references", "config"),
+    ("recipe_problems", "recipe_references", "config", "search_recipe"),
     ("engine", "report", "scoring"),
     ("zoo",),
     ("cli", "__main__"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffalign.config import Problem, Recipe, RecipeError, load_recipe
+from diffalign.cli.plugins import load_plugin
+from diffalign.config import Recipe, load_recipe
 
 
 def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path], *, dry_run: bool = False) -> None:
@@ -25,7 +24,8 @@ def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path], *, dry_r
     quiet_loading()
     report = train(checked)
     if process_state().is_main_process:
-        print_figures(report.parent)
+        if (report.parent / "summary.json").exists():  # not of a reward
+            print_figures(report.parent)
         print(f"report: {report}")
 
 
@@ -43,17 +43,3 @@ def _try_out(recipe: Recipe) -> None:
     quiet_loading()
     only_errors()  # tiny tokenizers cut prompts off, which says nothing about the recipe
     print(dry_run(recipe))
-
-
-def load_plugin(path: Path) -> None:
-    """Runs a Python file of the user's, which registers what it brings; recipes may then name it."""
-    if not path.is_file():
-        raise RecipeError("--plugin", [Problem(str(path), "does not exist: give the path of a Python file")])
-    name = f"diffalign_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RecipeError("--plugin", [Problem(str(path), "is no Python file: its name must end in .py")])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    Recipe.model_rebuild(force=True)  # methods that it registered become names that `method` may have

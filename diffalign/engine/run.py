@@ -71,7 +71,7 @@ class Run:
 
 
 def train(recipe: Recipe, policy: Policy | None = None) -> Path:
-    """Runs a recipe and returns the path of its report.
+    """Runs a recipe and returns the path of its report, or of the card of the reward that it trains.
 
     Args:
         recipe: all that is to be done.
@@ -82,6 +82,10 @@ def train(recipe: Recipe, policy: Policy | None = None) -> Path:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step was written.
         DiskRefused: the disk is full or fails; what was saved stands.
     """
+    if recipe.method.name == "noisy_reward":  # trains no policy
+        from diffalign.engine.reward_run import train_reward
+
+        return train_reward(recipe, policy)
     output_dir = Path(recipe.output_dir)
     claim(output_dir, resume=recipe.resume_from_checkpoint is not None)
     run = build(recipe, policy)

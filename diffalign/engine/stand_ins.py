@@ -102,8 +102,11 @@ def missing_reward(name: str) -> RewardRecipe | None:
     if file is None:
         return None  # a plug-in's: only its code knows what it needs
     recipe = read_recipe(file)
+    if getattr(recipe, "path", None) is None:
+        return None  # it has no encoder to look for
     weights = ("model.safetensors", "model.safetensors.index.json")
-    source, revision = (recipe.path, recipe.revision) if recipe.processor is None else (recipe.processor, None)
+    processor = getattr(recipe, "processor", None)
+    source, revision = (recipe.path, recipe.revision) if processor is None else (processor, None)
     processors = ("preprocessor_config.json", "processor_config.json")
     found = any(on_disk(recipe.path, each, recipe.revision, file.parent) for each in weights)
     readable = any(on_disk(source, each, revision, file.parent) for each in processors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diffalign.finetune.config import METHODS, RewardBackpropConfig, TrainingConfig
+from diffalign.finetune.noisy_reward_config import NoisyRewardConfig
 
 if TYPE_CHECKING:
     from diffalign.finetune.reward_backprop import RewardBackprop
@@ -14,6 +15,7 @@ __all__ = [
     "METHODS",
     "TRAINERS",
     "History",
+    "NoisyRewardConfig",
     "RewardBackprop",
     "RewardBackpropConfig",
     "Trainer",

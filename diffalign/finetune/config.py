@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-
-class Settings(BaseModel):
-    """Settings that are checked when they are made and do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from diffalign.settings import EVERY_STEP, GuidanceInterval, Settings
 
 
 class TrainingConfig(Settings):
@@ -115,16 +111,6 @@ Gradient = Annotated[
     FullGradient | LastKGradient | RandomKGradient | DRTuneGradient | SparseGradient | LowVarianceGradient,
     Field(discriminator="kind"),
 ]
-
-
-def _between(interval: list[float]) -> list[float]:
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"{interval} is no interval of the steps: give [start, stop], 0 <= start < stop <= 1")
-    return interval
-
-
-EVERY_STEP = [0.0, 1.0]
-GuidanceInterval = Annotated[list[float], AfterValidator(_between)]
 
 
 class RewardBackpropConfig(Settings):

@@ -20,12 +20,13 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from diffalign.data import Prompt, PromptSampler
-from diffalign.finetune.config import Settings, TrainingConfig
+from diffalign.finetune.config import TrainingConfig
 from diffalign.ledger import Ledger
 from diffalign.policies import Policy
 from diffalign.processes import process_state
 from diffalign.registry import Registry
 from diffalign.rewards import Reward, as_reward
+from diffalign.settings import Settings
 
 Row = dict[str, float]
 

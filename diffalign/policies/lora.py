@@ -137,6 +137,9 @@ class LoraAdapter:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        if all(layer.disable_adapters for layer in layers):  # inside another such context, which ends it
+            yield
+            return
         # peft freezes adapters that it switches off and unfreezes all when it switches them on.
         parameters = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         for layer in layers:

@@ -6,7 +6,16 @@ from pathlib import Path
 from diffalign._compat import ensure_torchvision
 from diffalign.registry import data_root
 
-NAMES = ("prompts", "shapes-vae", "shapes-sd", "shapes-sd3", "shapes-clip", "shapes-preference")
+NAMES = (
+    "prompts",
+    "shapes-vae",
+    "shapes-sd",
+    "shapes-sd3",
+    "shapes-turbo",
+    "shapes-clip",
+    "shapes-preference",
+    "shapes-noisy-reward",
+)
 
 
 def main() -> None:

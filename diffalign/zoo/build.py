@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from diffalign.zoo import clip, denoise, evaluate, export, measure, preference
+from diffalign.policies import Policy
+from diffalign.zoo import clip, denoise, evaluate, export, measure, noisy, preference, turbo
 from diffalign.zoo import vae as autoencoder
 from diffalign.zoo.cards import write_card
 
@@ -28,7 +29,17 @@ class Builder:
         if name == "shapes-vae":
             self.vae()
         elif name in denoise.FAMILIES:
-            self._pipeline(name, folder)
+            pipeline, seconds = denoise.train(name, self.work / name, self.vae())
+            self._finish(pipeline, name, denoise.FAMILIES[name].SEED, seconds)
+        elif name == "shapes-turbo":
+            teacher = DiffusionPipeline.from_pretrained(self._built("shapes-sd3"))
+            pipeline, seconds = turbo.train(self.work / name, teacher, self.vae())
+            self._finish(pipeline, name, turbo.SEED, seconds)
+        elif name == "shapes-noisy-reward":
+            policy = Policy.from_pretrained(self._built("shapes-sd3"))
+            reward, figures, seconds = noisy.build(policy, self.work / name)
+            reward.save(folder)
+            write_card(folder, name, noisy.SEED, seconds, figures)
         elif name == "shapes-clip":
             model, seconds = clip.train(self.work / name, self.vae())
             export.write_clip(model, folder, for_open_clip=True)
@@ -50,16 +61,20 @@ class Builder:
         vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
         return vae.eval()
 
-    def _pipeline(self, name: str, folder: Path) -> None:
-        pipeline, seconds = denoise.train(name, self.work / name, self.vae())
+    def _built(self, name: str) -> Path:
+        folder = self.out / "zoo" / name
+        return folder if (folder / "README.md").exists() else self.build(name)
+
+    def _finish(self, pipeline: DiffusionPipeline, name: str, seed: int, seconds: float) -> None:
+        folder = self.out / "zoo" / name
         export.write_pipeline(pipeline, folder)
         pipeline = DiffusionPipeline.from_pretrained(folder)
         figures = {}
         for split, count in (("validation", None), ("test", TEST_PROMPTS)):
             prompts = evaluate.read_prompts(self.out / "prompts" / f"shapes-{split}.jsonl", count)
-            figures[split], images = evaluate.evaluate(pipeline, prompts)
+            figures[split], images = evaluate.evaluate(pipeline, prompts, name=name)
         evaluate.sheet(images[:32]).quantize(64).save(folder / "samples.png", optimize=True)
-        write_card(folder, name, denoise.FAMILIES[name].SEED, seconds, figures)
+        write_card(folder, name, seed, seconds, figures)
 
     def _preference(self, name: str, folder: Path) -> None:
         # Denoisers before they were finished: their mistakes are what a labeller sees. They stay in the work folder.

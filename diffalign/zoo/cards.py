@@ -10,7 +10,7 @@ import transformers
 
 ABOUT = {
     "shapes-vae": """
-AutoencoderKL, 64x64x3 pixels to 16x16x4 latents, trained on renders of the shapes world. Both pipelines carry it.
+AutoencoderKL, 64x64x3 pixels to 16x16x4 latents, trained on renders of the shapes world. Every pipeline carries it.
 """,
     "shapes-sd": """
 StableDiffusionPipeline that draws the shapes world at 64x64: U-Net with cross-attention at 8x8 and 4x4,
@@ -25,6 +25,13 @@ The two CLIP encoders learned to read captions first, and were frozen. The T5 is
 pipeline does itself for a T5 that is None, because plain `from_pretrained` wants the component. So
 `max_sequence_length=16` is as good as the default 256, and about three times faster.
 """,
+    "shapes-turbo": """
+StableDiffusion3Pipeline that draws the shapes world at 64x64 in one step: `num_inference_steps=1, guidance_scale=1`.
+It starts as `shapes-sd3`, and learned where eight guided steps of that take a noise. Other noise is another layout, so
+that search and noise optimisation have something to find, and room to find it.
+
+It carries the text encoders of `shapes-sd3`; `max_sequence_length=16` is as good as the default here too.
+""",
     "shapes-clip": """
 CLIP for the shapes world, trained contrastively against neighbours with one wrong fact and spoilt images: the training
 reward. Read by `CLIPModel` / `CLIPProcessor.from_pretrained` and by open_clip (`local-dir:`), with equal features.
@@ -32,6 +39,15 @@ reward. Read by `CLIPModel` / `CLIPProcessor.from_pretrained` and by open_clip (
     "shapes-preference": """
 A held-out reward in PickScore's form: a CLIP of its own, then Bradley-Terry on pairs of images whose labels come from
 the oracle through a noisy, biased labeller (`labeller.json`). It never trains a generator.
+""",
+    "shapes-noisy-reward": """
+A reward of noisy latents for guidance (NRG): heads on the first three of `shapes-sd3`'s six blocks, told the noise
+level, learned by Bradley-Terry with ties from samples of `shapes-sd3`, half of them without guidance and two thirds of
+a caption with one wrong fact. `preference` is the choice of the labeller of `shapes-preference`, wrong in a tenth of
+the pairs that it learned from; `warmth` is red less blue over the whole picture, whatever the prompt says. Below: how
+often decided pairs of new scenes, labelled without mistakes, are ranked right at each noise level t, the same noise on
+both sides, beside heads that learned on clean latents alone (told the level, or told that there is no noise).
+`diffalign.rewards.noisy.NoisyReward.load(folder, policy)` reads it.
 """,
 }
 

@@ -10,15 +10,22 @@ from PIL import Image
 
 from diffalign.zoo.oracle import Verdicts, judge
 
-STEPS = 20
-GUIDANCE = 3.0
+SETTINGS = {"shapes-turbo": {"num_inference_steps": 1, "guidance_scale": 1.0}}
+"""How a pipeline is sampled, by its name, where it is not with `USUAL`."""
+
+USUAL = {"num_inference_steps": 20, "guidance_scale": 3.0}
 FAST = {"StableDiffusion3Pipeline": {"max_sequence_length": 16}}
 """Arguments that spare time: the silent T5 may be short (see `sd3`)."""
 
 
 @torch.no_grad()
-def sample(pipeline: DiffusionPipeline, prompts: Sequence[str], seed: int = 0, batch: int = 32) -> torch.Tensor:
-    """Images (B, 3, 64, 64) as a user would save them: rounded to 8 bits, in [0, 1]. Image i has noise (seed, i)."""
+def sample(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], seed: int = 0, batch: int = 32, name: str = ""
+) -> torch.Tensor:
+    """Images (B, 3, 64, 64) as a user would save them: rounded to 8 bits, in [0, 1]. Image i has noise (seed, i).
+
+    `name` is the pipeline's in the zoo, for its `SETTINGS`.
+    """
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, len(prompts), batch):
@@ -27,10 +34,9 @@ def sample(pipeline: DiffusionPipeline, prompts: Sequence[str], seed: int = 0, b
         images.append(
             pipeline(
                 chunk,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
                 generator=[torch.Generator().manual_seed(s) for s in seeds],
                 output_type="pt",
+                **SETTINGS.get(name, USUAL),
                 **FAST.get(type(pipeline).__name__, {}),
             ).images
         )
@@ -68,8 +74,8 @@ def sheet(images: torch.Tensor, columns: int = 8) -> Image.Image:
 
 
 def evaluate(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], seed: int = 0
+    pipeline: DiffusionPipeline, prompts: Sequence[str], seed: int = 0, name: str = ""
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Figures and images on `prompts`."""
-    images = sample(pipeline, prompts, seed)
+    """Figures and images on `prompts`; `name` as in `sample`."""
+    images = sample(pipeline, prompts, seed, name=name)
     return figures(prompts, judge(images, prompts)), images

@@ -93,6 +93,13 @@ class WeightedJointAttention:
         return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
 
+def random_copies(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Lengths of the T5's tokens (count,) that training attends to, over all that it covers."""
+    low, high = (math.log(n) for n in T5_LENGTHS)
+    spread = torch.rand(count, generator=generator) * 2 - 1  # half of all rows at the short end
+    return torch.exp(low + spread.clamp(0, 1) * (high - low)).round()
+
+
 def _read(encoder: CLIPTextModelWithProjection, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the pipeline takes of a CLIP encoder: words from the last layer but one, and the projected caption."""
     output = encoder(ids, output_hidden_states=True)
@@ -130,9 +137,7 @@ class Denoiser(nn.Module):
         sigma = compute_density_for_timestep_sampling(
             "logit_normal", len(clean), logit_mean=0.0, logit_std=1.0, generator=generator
         )
-        low, high = (math.log(n) for n in T5_LENGTHS)
-        spread = torch.rand(len(clean), generator=generator) * 2 - 1  # half of all rows at the short end
-        self.attention.copies = torch.exp(low + spread.clamp(0, 1) * (high - low)).round()
+        self.attention.copies = random_copies(len(clean), generator)
         context, pooled = self.encode(ids)
         s = sigma[:, None, None, None]
         prediction = self.transformer(

@@ -140,3 +140,16 @@ def test_without_an_adapter_there_is_no_reference_and_nothing_to_save(tmp_path) 
         pass
     with pytest.raises(ValueError, match="no adapter to save"):
         policy.save_lora(tmp_path)
+
+
+def test_a_reference_inside_another_ends_with_the_outer_one() -> None:
+    policy = tuned(tiny_sd)
+    own = images(policy.pipe)
+    with policy.reference():
+        base = images(policy.pipe)
+        with policy.reference():
+            assert torch.equal(images(policy.pipe), base)
+        assert torch.equal(images(policy.pipe), base)
+    assert torch.equal(images(policy.pipe), own)
+    assert not torch.equal(own, base)
+    assert all(parameter.requires_grad for parameter in policy.trainable().values())

@@ -12,7 +12,10 @@ from diffalign.zoo import evaluate, sd3
 from diffalign.zoo.oracle import judge
 from diffalign.zoo.text import tokenize
 
-NAMES = ("shapes-sd", "shapes-sd3")
+ROOM = {"shapes-sd": (0.35, 0.8), "shapes-sd3": (0.35, 0.8), "shapes-turbo": (0.1, 0.6)}
+"""Between what shares of two-object test prompts each is right: far from none, far from all."""
+
+NAMES = tuple(ROOM)
 
 
 def figures(name):
@@ -41,7 +44,7 @@ def test_a_plain_call_gives_64_by_64_pixels(pipeline):
 def test_images_are_as_right_as_the_card_says(pipeline):
     stated = figures(pipeline.zoo_name)["validation"]
     prompts = evaluate.read_prompts(data_root() / "prompts" / "shapes-validation.jsonl", 16)
-    fraction = judge(evaluate.sample(pipeline, prompts), prompts).fraction.mean()
+    fraction = judge(evaluate.sample(pipeline, prompts, name=pipeline.zoo_name), prompts).fraction.mean()
     # The mean of 16 images with a spread of about 0.25 each lies within 0.2 of the card's mean of 64.
     assert abs(fraction - stated["fraction"]) < 0.2
 
@@ -49,7 +52,8 @@ def test_images_are_as_right_as_the_card_says(pipeline):
 @pytest.mark.parametrize("name", NAMES)
 def test_cards_leave_room_and_say_what_they_are(name):
     test = figures(name)["test"]
-    assert 0.35 < test["two_objects"] < 0.8
+    lowest, highest = ROOM[name]
+    assert lowest < test["two_objects"] < highest
     assert test["prompts"] == 256
 
 
@@ -63,7 +67,7 @@ def test_no_config_remembers_where_it_was_made():
 def test_files_are_small():
     files = [file for file in (data_root() / "zoo").rglob("*") if file.is_file()]
     assert max(file.stat().st_size for file in files) < 10e6
-    assert sum(file.stat().st_size for file in files) < 40e6
+    assert sum(file.stat().st_size for file in files) < 60e6
 
 
 @pytest.mark.parametrize("copies", [16, 256])
