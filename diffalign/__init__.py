@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffalign import finetune as finetune
     from diffalign import rewards as rewards
+    from diffalign import search as search
     from diffalign.policies import Policy as Policy
 
 __version__ = "0.1.0"
-__all__ = ["Policy", "finetune", "rewards"]
+__all__ = ["Policy", "finetune", "rewards", "search"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,6 @@ def __getattr__(name: str) -> Any:
         from diffalign.policies import Policy
 
         return Policy
-    if name in ("finetune", "rewards"):
+    if name in ("finetune", "rewards", "search"):
         return importlib.import_module(f"diffalign.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ def normal(
     seed: int,
     purpose: str,
     rows: Sequence[Address],
-    step: int = 0,
+    step: int | Sequence[int] = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -32,7 +32,7 @@ def normal(
         seed: the run's seed.
         purpose: what the noise is for, such as ``"initial"`` or ``"step"``; purposes are independent streams.
         rows: one address for each row, ``(prompt_id, sample_index)`` or ``(prompt_id, *node_path)``.
-        step: index of the denoising step that uses the noise.
+        step: index of the denoising step that uses the noise, of all rows or of each.
         device: where the result goes. The numbers are always drawn on the host.
         dtype: type of the result. Numbers are drawn in float64 and rounded once, so all types agree up to rounding.
 
@@ -42,9 +42,37 @@ def normal(
     Raises:
         TypeError: an address holds something that is neither an integer nor a string.
     """
+    return _rows("standard_normal", "normal", shape, seed, purpose, rows, step, device, dtype)
+
+
+def uniform(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    purpose: str,
+    rows: Sequence[Address],
+    step: int | Sequence[int] = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Draw numbers in [0, 1) for each addressed row, in float64; arguments as of :func:`normal`."""
+    return _rows("random", "uniform", shape, seed, purpose, rows, step, device, torch.float64)
+
+
+def _rows(
+    method: str,
+    kind: str,
+    shape: Sequence[int],
+    seed: int,
+    purpose: str,
+    rows: Sequence[Address],
+    step: int | Sequence[int],
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     host = torch.empty((len(rows), *shape), dtype=dtype)
-    for index, row in enumerate(rows):
-        draw = _philox("normal", seed, purpose, row, step).standard_normal(tuple(shape))
+    steps = step if isinstance(step, Sequence) else [step] * len(rows)
+    for index, (row, at) in enumerate(zip(rows, steps, strict=True)):
+        draw = getattr(_philox(kind, seed, purpose, row, at), method)(tuple(shape))
         host[index] = torch.from_numpy(np.asarray(draw))
     if torch.device(device).type == "cuda":
         # From pinned memory the copy does not stop the host, which then can queue the next step's kernels.

@@ -16,8 +16,25 @@ from diffalign.recipe_problems import Problem, suggest
 from diffalign.registry import UnknownName, data_root, resolve_data
 
 SPLITS = ("train", "validation", "test")
-PLACES = {"pipeline": ("path", "tiny_decoder"), "adapter": ("path",), "prompts": SPLITS}
+PLACES = {
+    "pipeline": ("path", "tiny_decoder"),
+    "adapter": ("path",),
+    "method": ("noisy_reward",),
+    "prompts": SPLITS,
+}
 """Keys of a recipe that hold a path or a name, by section."""
+PIPELINES = (
+    "FluxPipeline",
+    "LatentConsistencyModelPipeline",
+    "PixArtAlphaPipeline",
+    "PixArtSigmaPipeline",
+    "QwenImagePipeline",
+    "SanaPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+)
+"""The classes that the families of `diffalign.policies` drive, listed here since importing those loads torch."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -32,6 +49,9 @@ def anchor_paths(tree: dict[str, Any], folder: Path) -> None:
         values = tree.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str) and not _is_name(section, values[key], folder):
             values[key] = str(folder / Path(values[key]).expanduser())
+    listed = tree.get("prompts")  # a search has one file, or a list of texts
+    if isinstance(listed, str) and not _is_name("prompts", listed, folder):
+        tree["prompts"] = str(folder / Path(listed).expanduser())
     if isinstance(tree.get("rewards"), dict):
         for name in ("train", "heldout"):
             _anchor_rewards(tree["rewards"].get(name), folder)
@@ -81,6 +101,7 @@ def _texts(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for kind in ("train", "heldout"):
         for i, term in enumerate(_items(_section(tree, "rewards").get(kind))):
             found.append((f"rewards.{kind}.{i}", term.get("name") if isinstance(term, dict) else term))
+    found.append(("prompts", tree.get("prompts")))
     found += [(f"report_to.{i}", name) for i, name in enumerate(_items(tree.get("report_to")))]
     asked = tree.get("resume_from_checkpoint")
     found.append(("resume_from_checkpoint", None if asked == "latest" else asked))
@@ -110,11 +131,11 @@ def _wrong(key: str, value: str) -> str | None:
     except UnknownName as error:
         return str(error)
     if key == "pipeline.path":
-        if not path.is_dir():
-            return "is no folder: give zoo:NAME, a folder with a model_index.json, or a hub id such as owner/name"
-        return (
-            None if (path / "model_index.json").is_file() else "is no diffusers pipeline: model_index.json is missing"
-        )
+        return _wrong_pipeline(path)
+    if key == "method.noisy_reward":
+        missing = [name for name in ("config.json", "heads.safetensors") if not (path / name).is_file()]
+        told = "give a folder that `diffalign train` made by the method noisy_reward, or zoo:NAME"
+        return f"holds no noise-aware reward: {missing[0]} is missing; {told}" if missing else None
     if key == "pipeline.tiny_decoder":
         there = (path / "config.json").is_file()
         return None if there else "is no folder of an AutoencoderTiny: give one, or a hub id such as madebyollin/taesd"
@@ -128,6 +149,36 @@ def _wrong(key: str, value: str) -> str | None:
     if not path.is_file():
         return "does not exist: give prompts:NAME, or a file of prompts (.txt, one a line, or .jsonl)"
     return None if path.suffix in (".txt", ".jsonl") else f"has the suffix '{path.suffix}': prompts are .txt or .jsonl"
+
+
+def _wrong_pipeline(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return "is no folder: give zoo:NAME, a folder with a model_index.json, or a hub id such as owner/name"
+    name = pipeline_index(folder).get("_class_name")
+    if name is None:
+        return "is no diffusers pipeline: model_index.json is missing, or names no class"
+    known = pipeline_classes()
+    if known and name not in known:
+        return f"is a {name}, which belongs to no known family: use one of {', '.join(known)}"
+    return None
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of its class and its parts; empty where it says nothing that can be read."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def pipeline_classes() -> list[str]:
+    """The classes that can be wrapped, those of loaded plug-ins too; none where one that is not loaded may add some."""
+    if entry_points(group="diffalign.policies"):
+        return []
+    registry = getattr(sys.modules.get("diffalign.policies"), "POLICIES", None)
+    loaded = [registry.get(name).pipeline_class for name in registry.names()] if registry is not None else []
+    return sorted({*PIPELINES, *loaded})
 
 
 def _wrong_reward(name: str) -> str | None:

@@ -29,6 +29,8 @@ def test_a_reward_of_every_name_is_shown_whole(capsys):
     [
         (("recipe", "shapes-sd-alignprop"), "method:"),
         (("method", "reward_backprop"), "kl_weight"),
+        (("method", "tree_search"), "arXiv 2506.20701"),  # of the file that it is in
+        (("search-schema",), "SearchRecipe"),
         (("policy", "zoo:shapes-sd"), "shapes-sd"),
         (("policy", "shapes-sd"), "shapes-sd"),
         (("prompts", "shapes-test"), "the first ten"),

@@ -22,6 +22,14 @@ rewards: {train: [shapes-clip], heldout: [shapes-preference]}
 prompts: {train: prompts.txt, validation: prompts.txt, test: prompts.txt}
 output_dir: runs/x
 """
+SEARCH = """
+pipeline: {path: model}
+method: {name: best_of_n}
+budget: {nfe: 200}
+rewards: {train: [shapes-clip]}
+prompts: prompts.txt
+output_dir: runs/x
+"""
 # What it ends with, after the last line of the command's own output.
 HEAVY = "import sys; print('LOADED', sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
 CODE = f"import atexit; atexit.register(lambda: exec({HEAVY!r})); import diffalign.cli; diffalign.cli.main()"
@@ -77,6 +85,18 @@ def test_a_wrong_recipe_ends_with_status_2_on_one_screen(folder, text, told):
     assert not (folder / "runs").exists()
 
 
+def test_a_recipe_given_to_the_wrong_command_ends_with_status_2_and_the_right_one(folder):
+    (folder / "search.yaml").write_text(SEARCH)
+    for command, name in (("train", "search"), ("doctor", "search"), ("search", "recipe")):
+        done = diffalign_command(folder, command, f"{name}.yaml")
+        assert done.returncode == WRONG_INPUT
+        assert f"diffalign {'search' if name == 'search' else 'train'} {name}.yaml" in " ".join(done.stderr.split())
+        assert "LOADED []" in done.stdout
+    done = diffalign_command(folder, "search", "search.yaml", "budget.nfe=many")
+    assert "budget.nfe = many" in done.stderr
+    assert "LOADED []" in done.stdout
+
+
 @pytest.mark.parametrize("command", [("doctor",), ("train", "--dry-run")], ids=" ".join)
 def test_a_check_of_a_wrong_recipe_ends_with_status_2(folder, command):
     done = diffalign_command(folder, *command, "recipe.yaml", "learning_rate=0")
@@ -120,6 +140,7 @@ def test_an_option_instead_of_an_override(folder):
     [
         ("--help",),
         ("train", "--help"),
+        ("search", "--help"),
         ("doctor", "--help"),
         ("sample", "--help"),
         ("score", "--help"),
@@ -142,6 +163,7 @@ def test_ls_names_what_ships(folder):
         ("recipes", "shapes-sd-alignprop"),
         ("rewards", "shapes-oracle"),
         ("methods", "reward_backprop"),
+        ("methods", "tree_search"),
     ]:
         assert name in diffalign_command(folder, "ls", kind).stdout
     assert "prompts:shapes-test" in diffalign_command(folder, "ls", "prompts").stdout

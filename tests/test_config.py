@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffalign.config import RecipeError, json_schema, load_recipe, write_resolved
+from diffalign.config import RecipeError, is_search, json_schema, load_recipe, read_recipe, write_resolved
 from diffalign.recipe_file import shipped_recipes
 
 RECIPE = """
@@ -292,7 +292,7 @@ def test_the_shipped_schema_is_that_of_the_code():
     assert json.loads(path.read_text(encoding="utf-8")) == json_schema(), remedy
 
 
-@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if not is_search(read_recipe(name))])
 def test_every_shipped_recipe_is_right(name):
     recipe = load_recipe(name)
     assert recipe.output_dir.startswith("runs/")

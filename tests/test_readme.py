@@ -93,6 +93,12 @@ def test_the_example_of_the_guide_to_scoring_runs(tmp_path, example):
     assert (tmp_path / "runs/sizes.csv").is_file()
 
 
+def test_the_example_of_the_guide_to_searching_runs(example):
+    found = example("docs/guide/search.md")["found"]
+    assert found.ledger.denoiser_evaluations <= 80
+    assert len(found) >= 8
+
+
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """Loads the example of CONTRIBUTING.md whose first line names that file, by the door of `--plugin`."""

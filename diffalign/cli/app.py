@@ -65,6 +65,26 @@ def train(
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
+def search(
+    recipe: Annotated[
+        str, typer.Argument(help="a YAML file, or the name of a recipe that ships (diffalign ls recipes)")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")] = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(help="a Python file to run first, which registers rewards or methods of your own"),
+    ] = None,
+) -> None:
+    """Search for better images at inference time, at a stated budget; the same command goes on where it was stopped.
+
+    Example: [bold]diffalign search search-tree prompts='["a red circle above a blue square"]' budget.nfe=2000[/bold]
+    """
+    from diffalign.cli import search as command
+
+    command.run(recipe, overrides or [], plugin or [])
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="a recipe to check; without one, this machine")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")] = None,
@@ -205,8 +225,8 @@ def show(
         list[str],
         typer.Argument(
             metavar="[KIND] NAME",
-            help="any name that ls lists, or schema for the JSON Schema of recipes; before it recipe, reward, method, "
-            "policy or prompts, to see that kind only",
+            help="any name that ls lists, or schema or search-schema for the JSON Schema of recipes; before it recipe, "
+            "reward, method, policy or prompts, to see that kind only",
         ),
     ],
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,14 +14,19 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from diffalign.config import Problem, RecipeError, json_schema
-from diffalign.finetune.config import METHODS, Settings
+from diffalign.cli.errors import PACKAGE
+from diffalign.config import Problem, Recipe, RecipeError, json_schema
+from diffalign.finetune.config import METHODS as TRAINING
 from diffalign.recipe_file import FileProblem, find_recipe, parse_yaml, read_tree, shipped_recipes
 from diffalign.recipe_problems import suggest
 from diffalign.recipe_references import anchor_paths, reward_names
 from diffalign.registry import data_root
+from diffalign.search.config import METHODS as SEARCHING
+from diffalign.search_recipe import SearchRecipe
+from diffalign.settings import Settings
 
 Row = tuple[str, ...]
+SCHEMAS: dict[str, type[Settings]] = {"schema": Recipe, "search-schema": SearchRecipe}
 
 
 def recipes() -> Iterator[Row]:
@@ -38,9 +45,10 @@ def rewards() -> Iterator[Row]:
 
 
 def methods() -> Iterator[Row]:
-    """(name, summary) of each training method."""
-    for name, config in METHODS.items():
-        yield name, _first_line(config)
+    """(name, command, summary) of each method."""
+    for command, table in (("train", TRAINING), ("search", SEARCHING)):
+        for name, config in table.items():
+            yield name, command, _first_line(config)
 
 
 def policies() -> Iterator[Row]:
@@ -61,7 +69,7 @@ def prompts() -> Iterator[Row]:
 KINDS: dict[str, tuple[Callable[[], Iterator[Row]], Row]] = {
     "recipes": (recipes, ("recipe", "method", "pipeline", "")),
     "rewards": (rewards, ("reward", "scale", "licence", "")),
-    "methods": (methods, ("method", "")),
+    "methods": (methods, ("method", "command", "")),
     "policies": (policies, ("pipeline", "class")),
     "prompts": (prompts, ("prompts", "number", "the first")),
 }
@@ -87,15 +95,15 @@ def print_named(words: Sequence[str]) -> None:
     *kind, name = words
     if len(kind) > 1 or not set(kind) <= set(CARDS):
         raise RecipeError("show", [Problem(" ".join(words), f"is not a name, or a name after {', '.join(CARDS)}")])
-    if name == "schema" and not kind:
-        print(json.dumps(json_schema(), indent=2))
+    if name in SCHEMAS and not kind:
+        print(json.dumps(json_schema(SCHEMAS[name]), indent=2))
         return
     kinds = kind or list(CARDS)
     cards = [card for card in (CARDS[each][1](name) for each in kinds) if card]
     if not cards:
         known = [row[0] for each in kinds for row in KINDS[CARDS[each][0]][0]()]
         what = f"no {kind[0]}" if kind else "nothing"
-        hint = suggest(name, known if kind else ["schema", *known])
+        hint = suggest(name, known if kind else [*SCHEMAS, *known])
         raise RecipeError("show", [Problem(name, f"is {what} that ships: {hint}")])
     print("\n\n".join(card.rstrip() for card in cards))
 
@@ -117,7 +125,8 @@ def _reward(name: str) -> str | None:
 
 
 def _method(name: str) -> str | None:
-    config = METHODS.get(name)
+    """What it is and may be told, and the text of the file that it is in: equations, paper, departures."""
+    config = TRAINING.get(name) or SEARCHING.get(name)
     if config is None:
         return None
     defaults = config.model_construct().model_dump()
@@ -125,7 +134,16 @@ def _method(name: str) -> str | None:
     for key, field in config.model_fields.items():
         note = f"  # {field.description}" if field.description else ""
         lines.append(f"  {key}: {json.dumps(defaults.get(key))}{note}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_file_text(config)])
+
+
+def _file_text(config: type[Settings]) -> list[str]:
+    """The docstring of the module that a method's settings refer to; read and not imported, for it needs torch."""
+    named = re.search(r"see `diffalign\.([\w.]+)`", inspect.getdoc(config) or "")
+    if named is None:
+        return []
+    file = PACKAGE / f"{named[1].replace('.', '/')}.py"
+    return ["", ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""]
 
 
 def _policy(name: str) -> str | None:

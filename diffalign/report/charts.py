@@ -19,8 +19,8 @@ from diffalign.report.statistics import is_oracle
 Row = Mapping[str, Any]
 
 # Colours that nothing else uses, replaced by the page's CSS variables in the finished SVG.
-_INK, _MUTED, _GRID, _LINE, _SECOND = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "hairline", _LINE: "line-1", _SECOND: "line-2"}
+INK, MUTED, GRID, LINE, SECOND = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "hairline", LINE: "line-1", SECOND: "line-2"}
 
 
 @dataclass(frozen=True)
@@ -104,32 +104,32 @@ def _training_reward(rows: Sequence[Row], name: str) -> Chart | None:
     validation = _series(rows, "step", f"validation/{name}")
     if len(steps) < 2:
         return None
-    figure, axes = _canvas()
+    figure, axes = canvas()
     _noisy_line(axes, steps)
     if len(validation):
-        axes.plot(*validation.T, color=_SECOND, lw=1.6, marker="o", ms=4, zorder=4)
-        _label_ends(axes, [("training prompts", _LINE), ("validation prompts", _SECOND)])
-    return _finish(figure, axes, f"{name}, trained on", f"reward/{name}")
+        axes.plot(*validation.T, color=SECOND, lw=1.6, marker="o", ms=4, zorder=4)
+        label_ends(axes, [("training prompts", LINE), ("validation prompts", SECOND)])
+    return finish(figure, axes, f"{name}, trained on", f"reward/{name}")
 
 
 def _every_step(rows: Sequence[Row], key: str, title: str) -> Chart | None:
     points = _series(rows, "step", key)
     if len(points) < 2 or not points[:, 1].any():
         return None
-    figure, axes = _canvas()
+    figure, axes = canvas()
     _noisy_line(axes, points)
     axes.set_ylim(bottom=0)
-    return _finish(figure, axes, title, key)
+    return finish(figure, axes, title, key)
 
 
 def _validated(rows: Sequence[Row], key: str, title: str) -> Chart | None:
     points = _series(rows, "step", key)
     if len(points) < 2:
         return None
-    figure, axes = _canvas()
-    axes.plot(*points.T, color=_SECOND, lw=1.6, marker="o", ms=4)
-    axes.axhline(points[0, 1], color=_MUTED, lw=0.8, ls=(0, (2, 3)), zorder=1)
-    return _finish(figure, axes, title, key)
+    figure, axes = canvas()
+    axes.plot(*points.T, color=SECOND, lw=1.6, marker="o", ms=4)
+    axes.axhline(points[0, 1], color=MUTED, lw=0.8, ls=(0, (2, 3)), zorder=1)
+    return finish(figure, axes, title, key)
 
 
 def _proxy_and_gold(rows: Sequence[Row], proxy: str, gold: str) -> Chart | None:
@@ -137,24 +137,25 @@ def _proxy_and_gold(rows: Sequence[Row], proxy: str, gold: str) -> Chart | None:
     points = _series(rows, f"validation/{proxy}", f"heldout/{gold}", "step")
     if len(points) < 2:
         return None
-    figure, axes = _canvas()
-    axes.plot(points[:, 0], points[:, 1], color=_SECOND, lw=1.2, marker="o", ms=4)
+    figure, axes = canvas()
+    axes.plot(points[:, 0], points[:, 1], color=SECOND, lw=1.2, marker="o", ms=4)
     for index, name in ((0, "base"), (-1, f"step {points[-1, 2]:.0f}")):
-        axes.annotate(name, points[index, :2], (9, -3), textcoords="offset points", color=_MUTED, fontsize=9.5)
+        axes.annotate(name, points[index, :2], (9, -3), textcoords="offset points", color=MUTED, fontsize=9.5)
     axes.margins(x=0.12)
-    return _finish(figure, axes, f"{gold} against {proxy}", "validation prompts", xlabel=proxy)
+    return finish(figure, axes, f"{gold} against {proxy}", "validation prompts", xlabel=proxy)
 
 
-def _canvas() -> tuple[Any, Any]:
+def canvas(width: float = 4.0, height: float = 2.45) -> tuple[Any, Any]:
+    """Empty (figure, axes) of so many inches."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    figure = Figure(figsize=(4.0, 2.45), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.grid(axis="y", color=_GRID, lw=0.7)
+    axes.spines["bottom"].set_color(GRID)
+    axes.grid(axis="y", color=GRID, lw=0.7)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelsize=9.5, length=0, pad=5)
+    axes.tick_params(colors=MUTED, labelsize=9.5, length=0, pad=5)
     axes.xaxis.set_major_locator(_ticks(6, integer=True))
     axes.yaxis.set_major_locator(_ticks(5))
     return figure, axes
@@ -167,22 +168,24 @@ def _ticks(count: int, integer: bool = False) -> Any:
 
 
 def _noisy_line(axes: Any, points: np.ndarray) -> None:
-    axes.plot(*points.T, color=_LINE, lw=0.8, alpha=0.35)
-    axes.plot(points[:, 0], smooth(points[:, 1]), color=_LINE, lw=1.9, solid_capstyle="round")
+    axes.plot(*points.T, color=LINE, lw=0.8, alpha=0.35)
+    axes.plot(points[:, 0], smooth(points[:, 1]), color=LINE, lw=1.9, solid_capstyle="round")
 
 
-def _label_ends(axes: Any, labels: Iterable[tuple[str, str]]) -> None:
+def label_ends(axes: Any, labels: Iterable[tuple[str, str]]) -> None:
+    """Names of lines, each in its colour, below on the right."""
     for row, (text, colour) in enumerate(labels):
         axes.text(0.98, 0.17 - 0.11 * row, text, color=colour, fontsize=9.5, ha="right", transform=axes.transAxes)
 
 
-def _finish(figure: Any, axes: Any, title: str, key: str, xlabel: str = "step") -> Chart:
+def finish(figure: Any, axes: Any, title: str, key: str, xlabel: str = "step") -> Chart:
+    """The chart of a figure whose axes are drawn."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
-    if xlabel != "step":
+    if xlabel not in ("step", "") and axes.get_xscale() == "linear":
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(xlabel, parse_math=False, color=_MUTED, fontsize=9.5)
+    axes.set_xlabel(xlabel, parse_math=False, color=MUTED, fontsize=9.5)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{title}/{key}"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,12 @@ def write_report(run_dir: str | Path, summary: Summary | None = None) -> Path:
         write_grid(run_dir, summary.gallery[:SHOWN_PAIRS])
     html = template(Path(__file__).with_name("page.html")).render(
         summary=summary,
-        figures=[_FigureView.of(figure) for figure in summary.figures],
-        pairs=[_pair_view(run_dir, pair) for pair in summary.gallery],
+        figures=[FigureView.of(figure) for figure in summary.figures],
+        pairs=[pair_view(run_dir, pair) for pair in summary.gallery],
         shown=SHOWN_PAIRS,
         charts=curves(read_metrics(run_dir / "metrics.jsonl")),
-        cost=[(phase, _cost_cells(row)) for phase, row in summary.cost.items()],
-        cost_heads=list(_COST),
+        cost=[(phase, cost_cells(row)) for phase, row in summary.cost.items()],
+        cost_heads=list(COST),
         snippet=_snippet(run_dir, summary),
         command=_command(run_dir, summary) if summary.prompts else "",
     )
@@ -84,7 +85,7 @@ def template(file: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class _FigureView:
+class FigureView:
     """A figure in words, and its interval as percentages of a bar with zero in the middle."""
 
     name: str
@@ -98,7 +99,8 @@ class _FigureView:
     bar: tuple[float, float, float] | None
 
     @classmethod
-    def of(cls, figure: Figure) -> _FigureView:
+    def of(cls, figure: Figure) -> FigureView:
+        """The view of a figure."""
         factor, unit = (100, " %") if figure.unit == "%" else (1, "")
         places = _places((figure.high - figure.low) / 2 * factor)
         known = math.isfinite(figure.low)
@@ -128,7 +130,8 @@ def _places(half_width: float) -> int:
     return min(5, max(0, 1 - math.floor(math.log10(half_width))))
 
 
-def _pair_view(run_dir: Path, pair: Pair) -> dict[str, Any]:
+def pair_view(run_dir: Path, pair: Pair) -> dict[str, Any]:
+    """A pair as the page shows it."""
     images = {side: media.open_image(run_dir / getattr(pair, side)) for side in ("base", "tuned")}
     scores = [
         (name, f"{a:.3g}" if math.isfinite(a) else "–", f"{b:.3g}" if math.isfinite(b) else "–", b > a)
@@ -171,7 +174,7 @@ def _bytes(x: float) -> str:
     return f"{x:.2f} GiB"
 
 
-_COST = {
+COST = {
     "denoiser evaluations": ("nfe", "{:,.0f}".format),
     "backward passes": ("backward_passes", "{:,.0f}".format),
     "decodes": ("decodes", "{:,.0f}".format),
@@ -182,8 +185,9 @@ _COST = {
 }
 
 
-def _cost_cells(row: dict[str, float]) -> list[str]:
-    return [form(row[key]) if row.get(key) is not None else "–" for key, form in _COST.values()]
+def cost_cells(row: Mapping[str, float]) -> list[str]:
+    """The cells of a row of cost, under the heads of `COST`."""
+    return [form(row[key]) if row.get(key) is not None else "–" for key, form in COST.values()]
 
 
 def _snippet(run_dir: Path, summary: Summary) -> str:

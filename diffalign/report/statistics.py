@@ -166,3 +166,29 @@ def _mean_distance(rows: NDArray) -> float:
         return math.nan
     total = rows.sum(axis=0)
     return float(1 - (total @ total - n) / (n * (n - 1)))
+
+
+def expected_best(values: ArrayLike, counts: ArrayLike) -> NDArray:
+    """The mean, over all ways to draw n of N values without replacement, of the highest one drawn: exactly.
+
+    With r_(1) <= ... <= r_(N), E[max of n] = sum_i r_(i) C(i - 1, n - 1) / C(N, n): the i-th is the highest where it
+    is drawn and the n - 1 others are below it. Unbiased for the best of n independent samples, without a bootstrap.
+
+    Args:
+        values: (N,) of independent samples.
+        counts: (K,) values of n, each between 1 and N.
+
+    Returns:
+        (K,)
+    """
+    ordered, asked = np.sort(np.asarray(values, dtype=np.float64)), np.asarray(counts, dtype=int)
+    if asked.size and not 1 <= asked.min() <= asked.max() <= len(ordered):
+        raise ValueError(f"counts go from {asked.min()} to {asked.max()}: must lie between 1 and {len(ordered)}.")
+    log_factorial = np.concatenate([[0.0], np.log(np.arange(1, len(ordered) + 1)).cumsum()])
+    found = []
+    for n in asked:
+        below = np.arange(n - 1, len(ordered))  # how many values stand below the highest that is drawn
+        log_share = log_factorial[below] - log_factorial[n - 1] - log_factorial[below - n + 1]
+        log_share -= log_factorial[-1] - log_factorial[n] - log_factorial[len(ordered) - n]
+        found.append(np.exp(log_share) @ ordered[n - 1 :])
+    return np.array(found)

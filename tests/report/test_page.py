@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from diffalign import report
-from diffalign.report.page import _FigureView, _places
+from diffalign.report.page import FigureView, _places
 
 VOID = {"meta", "img", "br", "link", "path", "use"}
 
@@ -155,10 +155,10 @@ def test_digits_follow_the_uncertainty(half_width, places):
 
 def test_bars_have_zero_in_the_middle():
     figure = report.Figure("r", "heldout", 1.0, 0.8, -0.2, -0.3, -0.1, 50)
-    view = _FigureView.of(figure)
+    view = FigureView.of(figure)
     low, high, point = view.bar
     assert view.verdict == "down"
     assert 0 < low < point < high < 50
     np.testing.assert_allclose((point - low) / (50 - point), 0.1 / 0.2)
     assert view.difference == "\N{MINUS SIGN}0.20"
-    assert _FigureView.of(report.Figure("r", "oracle", 0.5, 0.52, 0.02, -0.01, 0.05, 50, "%")).verdict == "flat"
+    assert FigureView.of(report.Figure("r", "oracle", 0.5, 0.52, 0.02, -0.01, 0.05, 50, "%")).verdict == "flat"
