@@ -154,11 +154,10 @@ def _wrong(key: str, value: str) -> str | None:
 def _wrong_pipeline(folder: Path) -> str | None:
     if not folder.is_dir():
         return "is no folder: give zoo:NAME, a folder with a model_index.json, or a hub id such as owner/name"
-    name = pipeline_index(folder).get("_class_name")
-    if name is None:
-        return "is no diffusers pipeline: model_index.json is missing, or names no class"
-    known = pipeline_classes()
-    if known and name not in known:
+    if not (folder / "model_index.json").is_file():
+        return "is no diffusers pipeline: model_index.json is missing"
+    name, known = pipeline_index(folder).get("_class_name"), pipeline_classes()
+    if name is not None and known and name not in known:
         return f"is a {name}, which belongs to no known family: use one of {', '.join(known)}"
     return None
 

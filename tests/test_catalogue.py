@@ -6,6 +6,7 @@ from diffalign.cli import catalogue
 from diffalign.recipe_problems import RecipeError
 from diffalign.recipe_references import reward_names
 from diffalign.registry import data_root
+from diffalign.search.config import METHODS
 
 
 def shown(capsys, *words):
@@ -40,6 +41,14 @@ def test_a_reward_of_every_name_is_shown_whole(capsys):
 )
 def test_a_kind_before_the_name(capsys, words, told):
     assert told in shown(capsys, *words)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_is_shown_with_what_it_needs_its_cost_and_its_source(capsys, method):
+    told = shown(capsys, "method", method)
+    assert "\nNeeds " in told
+    assert " cost" in told
+    assert "Source" in told or method in ("best_of_n", "importance")  # of no one paper
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ def test_the_python_example_runs(tmp_path, example):
     assert space["image"].size == (64, 64)
 
 
+def test_the_search_runs():
+    (code,) = [block for block in blocks("README.md", "python no-run") if "da.search" in block]
+    space = {"da": diffalign, "policy": Policy.wrap(tiny_sd()), "reward": lambda images, *_: images[:, 0].mean((1, 2))}
+    exec(compile(code.replace("nfe=2000", "nfe=200"), "README.md", "exec"), space)  # two chains of 50 guided steps
+    assert space["found"].best_image is not None
+    assert 100 < space["found"].ledger.denoiser_evaluations <= 200
+
+
 def test_the_recipe_for_a_real_checkpoint_is_valid(tmp_path):
     (recipe,) = blocks("README.md", "yaml")
     (tmp_path / "recipe.yaml").write_text(recipe)

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from diffalign import media
 from diffalign.engine.evaluate import Evaluation, image_diversity
 from diffalign.engine.tracking import read_metrics
-from diffalign.settings import EVERY_STEP
 from diffalign.ledger import Ledger
 from diffalign.noise import normal
 from diffalign.report import Figure, Pair, Summary, compare, is_oracle
 from diffalign.rewards import Reward
+from diffalign.settings import EVERY_STEP
 from diffalign.versions import versions
 
 if TYPE_CHECKING:

@@ -222,7 +222,10 @@ class GibbsConfig(_ResamplingConfig):
 
 
 class GuidanceConfig(Settings):
-    """Gradient guidance, the best of several guided samples: see `diffalign.search.guidance`."""
+    """Gradient guidance, the best of several guided samples: see `diffalign.search.guidance`.
+
+    Needs a reward with a gradient. A result costs a chain, its backward pass (mpgd none), and a reward call a step.
+    """
 
     name: Literal["guidance"] = "guidance"
     kind: Literal["dps", "lgd", "universal", "mpgd"] = Field(
@@ -234,7 +237,11 @@ class GuidanceConfig(Settings):
 
 
 class NRGConfig(Settings):
-    """Noisy reward guidance, the best of several guided samples: see `diffalign.search.nrg`."""
+    """Noisy reward guidance, the best of several guided samples: see `diffalign.search.nrg`.
+
+    Needs a noise-aware reward of the pipeline's denoiser, and any reward. A result costs a chain, and at each step a
+    forward and a backward pass of the blocks that the noise-aware reward reads, counted as a reward call.
+    """
 
     name: Literal["nrg"] = "nrg"
     noisy_reward: str = Field(description="folder of a noise-aware reward for the pipeline's denoiser")
@@ -262,13 +269,21 @@ class _TwistedConfig(Settings):
 
 
 class TDSConfig(_TwistedConfig):
-    """The twisted diffusion sampler: see `diffalign.search.twisted`."""
+    """The twisted diffusion sampler: see `diffalign.search.twisted`.
+
+    Needs a reward with a gradient, and steps that draw noise. K results cost K chains, their backward passes, and K
+    reward calls at each step.
+    """
 
     name: Literal["tds"] = "tds"
 
 
 class DASConfig(_TwistedConfig):
-    """Diffusion alignment as sampling: see `diffalign.search.twisted`."""
+    """Diffusion alignment as sampling: see `diffalign.search.twisted`.
+
+    Needs a reward with a gradient, and steps that draw noise. K results cost K chains, their backward passes, and K
+    reward calls at each step.
+    """
 
     name: Literal["das"] = "das"
     tempering: Literal["schedule", "adaptive"] = Field(

@@ -1,9 +1,9 @@
 """Runs one recipe whole, and again killed at chosen moments and resumed. A program of its own, for it forks.
 
-    python killed_runs.py OUT RECIPE [OVERRIDE ...]
+    python killed_runs.py --at MOMENT,... OUT RECIPE [OVERRIDE ...]
     python killed_runs.py --random COUNT OUT RECIPE [OVERRIDE ...]
 
-At the moments of MOMENTS, or at COUNT moments that a clock draws evenly over the run.
+At some of MOMENTS, or at COUNT moments that a clock draws evenly over the run.
 
 Every run is a process of its own that SIGKILL ends without a chance to clean up; forking spares each the imports.
 """
@@ -88,8 +88,8 @@ def run(arguments, moment=None, after=None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def at_chosen_moments(out, recipe):
-    for name in MOMENTS:
+def at_chosen_moments(out, recipe, names):
+    for name in names:
         here = [*recipe, f"output_dir={out}/{name}"]
         assert run(here, name) == -signal.SIGKILL, name
         assert run([*here, "resume_from_checkpoint=latest"]) == 0, name
@@ -109,12 +109,10 @@ def at_random_moments(out, recipe, count, duration):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    arguments = sys.argv[1:]
-    count = int(arguments[1]) if arguments[0] == "--random" else 0
-    out, *recipe = arguments[2:] if count else arguments
+    how, which, out, *recipe = sys.argv[1:]
     started = time.monotonic()
     assert run([*recipe, f"output_dir={out}/whole"]) == 0
-    if count:
-        at_random_moments(out, recipe, count, time.monotonic() - started)
+    if how == "--random":
+        at_random_moments(out, recipe, int(which), time.monotonic() - started)
     else:
-        at_chosen_moments(out, recipe)
+        at_chosen_moments(out, recipe, which.split(","))

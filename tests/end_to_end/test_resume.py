@@ -37,11 +37,6 @@ def killed_runs(folder, *options):
     return folder
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return killed_runs(tmp_path_factory.mktemp("runs"))
-
-
 def contents(run):
     """What a run leaves that no clock has touched."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -64,11 +59,24 @@ def assert_bit_equal(resumed, whole):
         assert resumed[part] == whole[part], part
 
 
+def assert_resumed_from(folder, *moments):
+    runs = killed_runs(folder, "--at", ",".join(moments))
+    for moment in moments:
+        assert_bit_equal(runs / moment, runs / "whole")
+    for run in runs.glob("*/checkpoints"):  # nothing of a killed save is left
+        assert sorted(path.name for path in run.iterdir()) == ["step-000002", "step-000004"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("moment", ["rollout", "backward", "save", "rename"])
-def test_resumed_run_is_bit_equal(runs, moment):
-    assert_bit_equal(runs / moment, runs / "whole")
+def test_a_run_killed_in_a_step_and_in_a_checkpoint_is_bit_equal(tmp_path):
+    assert_resumed_from(tmp_path, "backward", "rename")
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(600)
+def test_a_run_killed_in_a_rollout_and_in_a_file_is_bit_equal(tmp_path):
+    assert_resumed_from(tmp_path, "rollout", "save")
 
 
 @pytest.mark.verify
@@ -77,10 +85,3 @@ def test_a_run_killed_at_twenty_random_moments_is_bit_equal(tmp_path):
     runs = killed_runs(tmp_path, "--random", "20")
     for number in range(20):
         assert_bit_equal(runs / f"kill-{number:02d}", runs / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_nothing_of_a_killed_save_is_left(runs):
-    for run in runs.glob("*/checkpoints"):
-        assert sorted(p.name for p in run.iterdir()) == ["step-000002", "step-000004"]

@@ -1,5 +1,7 @@
 """Pipelines as spaces: the chain is the rollout's, and every family goes through the methods that its law allows."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ from diffalign import media
 from diffalign.data import Prompt
 from diffalign.policies import Policy, tiny, tiny_families
 from diffalign.rewards import as_reward
+from diffalign.rewards.noisy import NoisyReward
 from diffalign.rollout import rollout
-from diffalign.search import BestOfN, PolicySpace, TreeSearch, search_class
+from diffalign.search import METHODS, BestOfN, PolicySpace, TreeSearch, search_class
 from diffalign.search.config import ChainConfig
 from diffalign.search.space import Rows
 
@@ -76,15 +79,34 @@ BLACK_BOX = {
     "svdd": {"num_children": 3},
     "gibbs": {"num_particles": 3},
 }
-GRADIENT = ["reno", "dno"]
+GRADIENT = {
+    "reno": {},
+    "dno": {},
+    "guidance": {"kind": "dps"},
+    "guidance, mpgd": {"kind": "mpgd"},
+    "tds": {},
+    "das": {"tempering": "adaptive"},
+}
+
+
+def cost_of(family, chains):
+    policy, chain = family
+    return chains * STEPS * policy.evaluations_per_prediction(chain["guidance_scale"])
+
+
+def test_the_lists_here_are_whole():
+    named = {name.partition(",")[0] for name in (*BLACK_BOX, *GRADIENT)}
+    assert named | {"best_of_n", "nrg"} == set(METHODS)  # the first is above, the other below
 
 
 @pytest.mark.parametrize("method", BLACK_BOX)
 def test_every_family_is_searched(family, method):
     policy, chain = family
-    found = search_class(method)(policy, redness, **chain, **BLACK_BOX[method]).search(PROMPTS, nfe=60)
+    nfe = cost_of(family, chains=5)
+    found = search_class(method)(policy, redness, **chain, **BLACK_BOX[method]).search(PROMPTS, nfe=nfe)
     for each in found:
-        assert each.ledger.denoiser_evaluations <= 60
+        assert each.ledger.denoiser_evaluations <= nfe
+        assert each.ledger.backward_passes == 0
         assert 3 <= len(each) <= each.ledger.reward_calls
         assert each.rewards.unique().numel() == len(each)
         assert each.best_image is not None
@@ -93,11 +115,13 @@ def test_every_family_is_searched(family, method):
 @pytest.mark.parametrize("method", GRADIENT)
 def test_every_family_is_searched_by_gradients(family, method):
     policy, chain = family
-    found = search_class(method)(policy, redness, **chain).search(PROMPTS, nfe=40)
-    for each in found:
-        assert each.ledger.denoiser_evaluations <= 40
-        assert each.ledger.backward_passes > 0
-        assert each.rewards.unique().numel() == len(each) > 3
+    search = search_class(method.partition(",")[0])(policy, redness, **chain, **GRADIENT[method])
+    nfe = cost_of(family, chains=2)
+    for each in search.search(PROMPTS, nfe=nfe):
+        assert each.ledger.denoiser_evaluations <= nfe
+        assert (each.ledger.backward_passes > 0) == (method != "guidance, mpgd")
+        assert each.rewards.unique().numel() == len(each) == 2
+        assert each.best_image is not None
 
 
 def test_rows_at_different_steps_are_those_of_each_alone(family):
@@ -129,6 +153,42 @@ def test_what_cannot_be_searched_is_refused():
         )
     with pytest.raises(ValueError, match="no policy or no reward"):
         TreeSearch().search("a dog", nfe=100)
+
+
+def flaky():
+    """A reward that fails on every fourth image that it is given; those beside it are given again."""
+    given = itertools.count()
+
+    def reward(images, prompts, metadata):
+        failed = torch.tensor([next(given) % 4 == 0 for _ in prompts])
+        return redness(images, prompts, metadata).masked_fill(failed, torch.nan)
+
+    return reward
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """A flow, and the folder of a noise-aware reward of its denoiser."""
+    policy = Policy.wrap(tiny.tiny_sd3())
+    return policy, str(NoisyReward(policy, {"warmth": 1.0}, blocks=1, hidden=4).save(tmp_path_factory.mktemp("noisy")))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_failed_scores_leave_a_smaller_set_and_a_count(noisy, method):
+    policy, folder = noisy
+    own = {"nrg": {"noisy_reward": folder}} | BLACK_BOX | GRADIENT
+    chain = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "height": 16, "width": 16}
+    search = search_class(method)(policy, flaky(), **chain, **own.get(method, {}))
+    for each in search.search(PROMPTS, nfe=5 * STEPS):
+        assert each.ledger.reward_failures > 0
+        assert 0 < len(each) <= each.ledger.reward_calls - each.ledger.reward_failures
+        assert each.rewards.isfinite().all()
+        assert each.reward == each.rewards.max()
+        assert torch.equal(redness(each.best_image[None] / 255, [], []).double(), each.rewards[[each.best]])
+        if each.log_weights is not None:  # -inf: a sweep of the burn-in
+            assert len(each.log_weights) == len(each)
+            assert not each.log_weights.isnan().any()
+            assert each.log_weights.isfinite().any()
 
 
 def test_one_prompt_gives_one_result():
