@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffalign.search import Budget, Importance, TreeSampling, rejected
+from diffalign.report.statistics import expected_best
+from diffalign.search import SMC, SVDD, BestOfN, Budget, Importance, TreeSampling, TreeSearch, rejected
 from tests.search.digits import Digits
 from tests.search.problems import Ring
 
@@ -23,6 +24,12 @@ METHODS = {
     "importance": Importance(wave=1000),
     "tree": TreeSampling(),
     "tree, the paper's selection": PAPER,
+}
+MAXIMISERS = {
+    "tree search": TreeSearch(),
+    "with the paper's widening": TreeSearch(widening=2, widening_alpha=0.8, branch_levels=[0, 0.2, 0.4, 0.6, 0.8]),
+    "SVDD, 10 children": SVDD(num_children=10, choice="highest"),
+    "SMC, max": SMC(potential="max", target_lambda=10.0),
 }
 TV = {  # (problem, NFE) -> method -> total variation of the mode frequencies
     ("ring", 10_000): {"importance": 0.072, "tree": 0.105, "tree, the paper's selection": 0.105},
@@ -86,6 +93,31 @@ def test_rings(problem, nfe):
         print(f"{problem}, {nfe} NFE, {name}:", ", ".join(text for *_, text in told))
         mean, error, _ = told[0]
         assert reference is None or mean <= reference + 2 * error, name
+
+
+HARD = {
+    "four planes": {"planes": 4, "steps": 50},
+    "eight planes": {"planes": 8, "steps": 50},
+    "fine detail in four planes": {"planes": 4, "steps": 50, "detail": 3.0, "modes": False},
+    "four planes and fine detail": {"planes": 4, "steps": 50, "detail": 3.0},
+}
+
+
+@pytest.mark.parametrize("problem", HARD)
+def test_maximisers(problem):
+    """The best reward at 50 chains beside best-of-n's there and at five times as many, from one pool."""
+    ring, nfe = Ring(seeds=SEEDS, **HARD[problem]), 2_500
+    pool = BestOfN(wave=250).run(ring, Budget(nfe=5 * nfe))
+    same, more = np.stack([expected_best(found.rewards, [50, 250]) for found in pool]).T
+    told = [summary("best-of-n", same)[2], summary("at five times as many", more)[2]]
+    best = {}
+    for name, method in MAXIMISERS.items():
+        best[name] = np.array([found.reward for found in method.run(ring, Budget(nfe=nfe))])
+        told.append(summary(name, best[name])[2])
+    print(f"{problem}, {nfe} NFE:", ", ".join(told))
+    gain = best["tree search"] - same
+    least = 0.0 if problem.startswith("fine") else 2 * gain.std(ddof=1) / math.sqrt(len(gain))
+    assert gain.mean() > least
 
 
 def frechet(x, y):
