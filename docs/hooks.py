@@ -16,9 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Without a font that has tables for mathematics, which few systems bring, browsers put subscripts on the line; ziamath
 # ships one, under the SIL Open Font License.
 TAKEN = {
-    "assets/demo/before-after.png": ROOT / "assets/demo/before-after.png",
-    "assets/demo/over-optimisation-training.png": ROOT / "assets/demo/over-optimisation-training.png",
-    "assets/demo/over-optimisation.png": ROOT / "assets/demo/over-optimisation.png",
+    **{f"assets/demo/{path.name}": path for path in sorted((ROOT / "assets/demo").glob("*.png"))},
     "fonts/STIXTwoMath-Regular.ttf": package_files("ziamath") / "fonts/STIXTwoMath-Regular.ttf",
 }
 PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}

@@ -179,6 +179,10 @@ def print_tables(rows, scales, count):
                 f"oracle {told(differ(clean, aware, 'oracle', count), True)}; at equal {measure} oracle "
                 f"{'not to be read: no such point on the line of clean' if equal is None else told(equal, True)}"
             )
+    for heads in ("noise-aware", "clean-trained"):
+        whole, late = (rows[key(each, 0.0, scales[-1])] for each in (heads, heads + LATE))
+        moved = "; ".join(f"{m} {told(differ(whole, late, m, count), m == 'oracle')}" for m in MEASURES)
+        print(f"{heads}, warmth at w {scales[-1]:g}, t below 0.7 less all steps: {moved}")
 
 
 def draw(rows, scales, front, path):
@@ -198,12 +202,14 @@ def draw(rows, scales, front, path):
         labels["xytext"] = (-5, -11) if under else (6, 4)
         points = np.array([rows[key(heads, share, front)].mean((0, 1)) for share in SHARES])
         left.plot(points[:, 1], points[:, 2], **style)
-        for share, point in zip(SHARES, points, strict=True):
+        for share, point in zip(SHARES[1:], points[1:], strict=True):  # the first ones lie too near to each other
             left.annotate(f"{share:g}", point[1:], **labels)
         line = np.array([plain, *(rows[key(heads, 0.0, w)].mean((0, 1)) for w in scales)])
         right.plot(line[:, 2], 100 * line[:, 0], **style)
         for w, point in zip(scales, line[1:], strict=True):
             right.annotate(f"w {w:g}", (point[2], 100 * point[0]), **labels)
+        late = np.array([rows[key(heads + LATE, 0.0, w)].mean((0, 1)) for w in (front, scales[-1])])
+        right.plot(late[:, 2], 100 * late[:, 0], "s", color=colour, fillstyle="none", label=heads + LATE)
     left.plot(plain[1], plain[2], "k*", markersize=11, label="plain", linestyle="none")
     right.plot(plain[2], 100 * plain[0], "k*", markersize=11, label="plain", linestyle="none")
     left.set(xlabel="what the labeller likes", ylabel="warmth", title=f"mixes at w {front:g}, share of preference")

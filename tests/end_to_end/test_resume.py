@@ -69,14 +69,14 @@ def assert_resumed_from(folder, *moments):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_in_a_step_and_in_a_checkpoint_is_bit_equal(tmp_path):
-    assert_resumed_from(tmp_path, "backward", "rename")
+def test_a_run_killed_in_a_checkpoint_is_bit_equal(tmp_path):
+    assert_resumed_from(tmp_path, "rename")
 
 
 @pytest.mark.verify
 @pytest.mark.timeout(600)
-def test_a_run_killed_in_a_rollout_and_in_a_file_is_bit_equal(tmp_path):
-    assert_resumed_from(tmp_path, "rollout", "save")
+def test_a_run_killed_in_a_step_and_in_a_file_is_bit_equal(tmp_path):
+    assert_resumed_from(tmp_path, "rollout", "backward", "save")
 
 
 @pytest.mark.verify

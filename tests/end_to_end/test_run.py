@@ -30,7 +30,7 @@ report_to: [tensorboard]
 """
 
 
-@pytest.fixture(scope="module", params=["shapes-sd", "shapes-sd3"])
+@pytest.fixture(scope="module", params=["shapes-sd", pytest.param("shapes-sd3", marks=pytest.mark.verify)])
 def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "recipe.yaml").write_text(RECIPE.format(name=request.param))

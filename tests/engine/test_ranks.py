@@ -46,7 +46,8 @@ def test_shares_are_equally_long_and_hold_every_item():
     assert [share("ab", rank, 3) for rank in range(3)] == [["a"], ["b"], ["a"]]
 
 
-@pytest.mark.slow
+@pytest.mark.verify
+@pytest.mark.timeout(600)
 def test_an_evaluation_by_two_processes_is_that_of_one(tmp_path):
     script = Path(__file__).with_name("shared_evaluation.py")
     (tmp_path / "two").mkdir()
