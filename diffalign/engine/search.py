@@ -194,7 +194,7 @@ def _progress(budget: Budget, prompts: int) -> Iterator[tuple[Callable[[Pool], N
         def show(pool: Pool) -> None:
             space = pool.space
             parts = [spent(budget, ledger, space.seconds() / space.num_prompts) for ledger in space.ledgers]
-            best = [float(found.max()) for found in map(pool.rewards, range(space.num_prompts)) if len(found)]
+            best = [best for best in map(pool.best, range(space.num_prompts)) if best == best]
             told = f"{space.num_prompts} prompts at {sum(parts) / len(parts):.0%}"
             told += f"  best reward {sum(best) / len(best):.3g}" if best else ""
             bar.update(task, completed=done[0] + sum(parts), told=told)

@@ -30,8 +30,8 @@ _HOMES = {
     "Search": "base",
     "Space": "space",
     "TDS": "twisted",
-    "TreeSampling": "tree",
-    "TreeSearch": "tree",
+    "TreeSampling": "tree_sampling",
+    "TreeSearch": "tree_search",
     "rejected": "best_of_n",
 }
 

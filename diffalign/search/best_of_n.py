@@ -46,14 +46,11 @@ class BestOfN(Search):
     @torch.no_grad()
     def explore(self, space: Space, budget: Budget, pool: Pool) -> Iterator[None]:
         """Sample wave after wave."""
-        total, done = budget.chains(space), 0
-        while (total is None or done < total) and budget.affords(space, 0, 0, 0):
-            count = self.config.wave if total is None else min(self.config.wave, total - done)
+        for first, count in budget.waves(space, self.config.wave):
             prompts = torch.arange(space.num_prompts).repeat_interleave(count)
-            paths = [(done + k,) for _ in range(space.num_prompts) for k in range(count)]
+            paths = [(first + k,) for _ in range(space.num_prompts) for k in range(count)]
             results = roll_out(space, space.initial(prompts, paths), paths)
             pool.add(results, space.score(results, prompts), prompts)
-            done += count
             yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffalign.search.space import Space
@@ -63,3 +64,21 @@ class Budget:
                 "calls: raise it"
             )
         return min(counts) if counts else None
+
+    def waves(self, space: Space, size: int, scores: int = 1, nfe: int | None = None) -> Iterator[tuple[int, int]]:
+        """Divide the chains that the budget pays for into waves of at most `size` of each prompt.
+
+        Args:
+            space: its chains' evaluations.
+            size: chains of each prompt that are under way at once.
+            scores: as for `chains`.
+            nfe: as for `chains`.
+
+        Yields:
+            (number of the wave's first chain, how many it has), while the budget lasts.
+        """
+        total, done = self.chains(space, scores, nfe), 0
+        while (total is None or done < total) and self.affords(space, 0, 0, 0):
+            count = size if total is None else min(size, total - done)
+            yield done, count
+            done += count

@@ -60,13 +60,13 @@ class _TreeConfig(Settings):
 
     leaf_batch: PositiveInt = Field(16, description="leaves of each prompt under way at once; may change results")
     branch_levels: list[float] = Field(
-        [0.0, 0.2, 0.4, 0.6, 0.8],
+        [0.3, 0.5, 0.7, 0.9],
         description="shares of the steps, from the noise on, after which the chain may branch; []: at the root alone",
     )
     widening: float = Field(
         2.0, gt=0, description="C of progressive widening: a node of N visits has C N^alpha children"
     )
-    widening_alpha: float = Field(0.8, gt=0, le=1)
+    widening_alpha: float = Field(0.7, gt=0, le=1)
 
     @model_validator(mode="after")
     def _ascending(self) -> _TreeConfig:
@@ -77,15 +77,24 @@ class _TreeConfig(Settings):
 
 
 class TreeSamplingConfig(_TreeConfig):
-    """Diffusion Tree Sampling (DTS): see `diffalign.search.tree`.
+    """Diffusion Tree Sampling (DTS): see `diffalign.search.tree_sampling`.
 
-    Needs any reward, and steps that draw noise. A result costs the rest of a chain and a reward call.
+    Needs any reward, and steps that draw noise. A result costs the rest of a chain, a reward call, and another for each
+    branch level on the way.
     """
 
     name: Literal["tree_sampling"] = "tree_sampling"
     target_lambda: float = Field(1.0, ge=0, description="lambda of the target p(x_0) exp(lambda r(x_0))")
+    select_by: Literal["predictions", "rollouts"] = Field(
+        "predictions",
+        description="what says which child is visited: the reward of its predicted clean sample, or its value, as in "
+        "the paper, which leaves log Z too low",
+    )
     select_lambda: float | None = Field(
-        0.0, ge=0, description="lambda of the selection while the tree grows; null: target_lambda, as in the paper"
+        None, ge=0, description="lambda of the selection while the tree grows; null: target_lambda; 0: even visits"
+    )
+    guess_draws: PositiveInt = Field(
+        4, description="results drawn to tell what a state of a discrete chain may lead to; of others the mean is used"
     )
     sibling_values: Literal["tree", "pilot"] = Field(
         "tree", description="what draws choose between siblings by; pilot: the reward of each one's first rollout"
@@ -93,7 +102,7 @@ class TreeSamplingConfig(_TreeConfig):
 
 
 class TreeSearchConfig(_TreeConfig):
-    """Diffusion Tree Search (DTS*): see `diffalign.search.tree`.
+    """Diffusion Tree Search (DTS*): see `diffalign.search.tree_search`.
 
     Needs any reward, and steps that draw noise. A result costs the rest of a chain and a reward call.
     """

@@ -187,7 +187,7 @@ class Gibbs(Search):
         """Give every result the mean of its weights, of sum 1 in each sweep."""
         counted = sweeps[self.config.burn_in :] or sweeps
         for prompt in range(pool.space.num_prompts if counted else 0):
-            total = torch.zeros(len(pool.rewards(prompt)), dtype=torch.float64)
+            total = torch.zeros(pool.count(prompt), dtype=torch.float64)
             for leaves, log_weights, _ in counted:
                 valid = leaves[prompt] >= 0
                 total.index_add_(0, leaves[prompt, valid], normalised(log_weights[prompt])[valid])

@@ -94,11 +94,9 @@ class Guided(Search):
         """Sample wave after wave."""
         assert isinstance(space, GaussianSpace)
         guided = self.guided(space) if self.config.scale else []
-        total, done = budget.chains(space, 1 + self.scores() * len(guided)), 0
-        while (total is None or done < total) and budget.affords(space, 0, 0, 0):
-            count = self.config.wave if total is None else min(self.config.wave, total - done)
+        for first, count in budget.waves(space, self.config.wave, 1 + self.scores() * len(guided)):
             prompts = torch.arange(space.num_prompts).repeat_interleave(count)
-            paths = [(done + k,) for _ in range(space.num_prompts) for k in range(count)]
+            paths = [(first + k,) for _ in range(space.num_prompts) for k in range(count)]
             rows = space.initial(prompts, paths)
             for step in range(space.num_steps):
                 if step in guided:
@@ -107,7 +105,6 @@ class Guided(Search):
                     transition = space.transition(rows, space.predict(rows))
                 rows = Rows(space.draw(transition, rows, paths), rows.steps + 1, prompts)
             pool.add(rows.x, space.score(rows.x, prompts), prompts)
-            done += count
             yield
 
 

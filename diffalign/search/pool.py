@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class Pool:
         prompts = range(space.num_prompts)
         self._results: list[list[Tensor]] = [[] for _ in prompts]
         self._rows: list[list[tuple[float, int, int, float]]] = [[] for _ in prompts]
+        self._best = [math.nan for _ in prompts]
         self.log_weights: list[Tensor | None] = [None for _ in prompts]
         self.log_z: list[float | None] = [None for _ in prompts]
         self.ancestors: list[Tensor | None] = [None for _ in prompts]
@@ -48,7 +50,16 @@ class Pool:
             index.append(len(self._rows[prompt]))
             self._rows[prompt].append((reward, ledger.denoiser_evaluations, ledger.reward_calls, seconds))
             self._results[prompt].append(result)
+            self._best[prompt] = max(reward, self._best[prompt])  # of NaN and a number, in this order, the number
         return index
+
+    def count(self, prompt: int) -> int:
+        """How many results of a prompt have a reward so far."""
+        return len(self._rows[prompt])
+
+    def best(self, prompt: int) -> float:
+        """The highest reward of a prompt so far, NaN where nothing has one."""
+        return self._best[prompt]
 
     def rewards(self, prompt: int) -> Tensor:
         """(n,) float64, the rewards of a prompt's results so far."""

@@ -72,17 +72,14 @@ class SVDD(Search):
         """Run wave after wave of samples."""
         children, guesses = self.config.num_children, guesses_of(space, self.config.guess_draws)
         scores = children * (1 + guesses * (len(self.marks(space)) - 1))
-        total = budget.chains(space, scores, space.evaluations[0] + children * sum(space.evaluations[1:]))
+        nfe = space.evaluations[0] + children * sum(space.evaluations[1:])
         harvest = Harvest(pool, self.config.target_lambda)
         if self.config.choice == "highest":
             pool.weigh = lambda: None  # the weights are no use
-        done = 0
-        while (total is None or done < total) and budget.affords(space, 0, 0, 0):
-            count = self.config.wave if total is None else min(self.config.wave, total - done)
-            rows, log_weights = self._wave(space, count, done)
-            numbers = (done + torch.arange(count)).repeat_interleave(children).repeat(space.num_prompts, 1)
+        for first, count in budget.waves(space, self.config.wave, scores, nfe):
+            rows, log_weights = self._wave(space, count, first)
+            numbers = (first + torch.arange(count)).repeat_interleave(children).repeat(space.num_prompts, 1)
             harvest.add(rows, log_weights.repeat_interleave(children).reshape(numbers.shape), numbers)
-            done += count
             yield
 
     def _wave(self, space: Space, count: int, first: int) -> tuple[Rows, Tensor]:

@@ -8,25 +8,17 @@ With p the chain, r the reward and V_t the soft value,
 a node holds a state and an estimate v of its value. One turn:
 
 1. selection, from the root: a node of N visits that has fewer than C N^alpha children gets a new one (progressive
-   widening), else the descent goes on in a child, drawn from softmax(select_lambda v) when sampling, that of the
-   highest v + c_uct sqrt(log N / N_child) when searching;
+   widening), else the descent goes on in one of its children;
 2. expansion and rollout: the chain is run to its end, and each state that it passes at a branch level becomes a node;
 3. backup: v of the leaf is its reward, and upwards v = 1/lambda log mean_children exp(lambda v), or their maximum.
 
-Draws descend by softmax(lambda v), which gives a leaf the weight exp(lambda r) / prod of the numbers of siblings on its
-path: a tree that branches at the root alone is importance resampling, exactly.
+`tree_sampling` and `tree_search` say which child, and what a tree is worth.
 
-Source: Jain et al. 2025, "Diffusion Tree Sampling" (arXiv 2506.20701), algorithms 1 and 2. Departures:
+Source: Jain et al. 2025, "Diffusion Tree Sampling" (arXiv 2506.20701), algorithms 1 and 2. Departures of both methods:
 
 - `leaf_batch` leaves of each prompt, and all prompts, are rolled out in one batch. Visits are counted when a path is
   chosen and not when it comes back, and only nodes with a value can be chosen, so that rows under way repel each other.
 - The prediction at a node is kept beside its state: k children cost one evaluation for their first step.
-- `select_lambda` is apart from the target's lambda. With both equal, as in the paper, lucky children are visited again
-  and regress, unlucky ones are not, and log Z stays too low at any budget in reach; the default 0 visits evenly,
-  which leaves averages in the exponential domain unbiased.
-- Searching scales values by the least and the highest reward so far, so that c_uct does not depend on the reward. Its
-  defaults (C = 1, alpha = 1/2, ten branch levels, the maximum as backup) are those that did best on exact problems at
-  50 chains, where the paper's (C = 2, alpha = 0.8, five levels) are best-of-N for the first 36 visits of every node.
 - The best leaf is kept whatever the values say.
 """
 
@@ -41,11 +33,14 @@ import torch
 from torch import Tensor
 
 from diffalign.noise import generator
-from diffalign.search.base import SEARCHES, Search
+from diffalign.search.base import Search
 from diffalign.search.budget import Budget
 from diffalign.search.config import TreeSamplingConfig, TreeSearchConfig
 from diffalign.search.pool import Pool
 from diffalign.search.space import Path, Rows, Space
+
+_IDLE = 100
+"""After so many paths to leaves that are there already, the last one's parent gets a child, however narrow the tree."""
 
 
 class Node:
@@ -59,12 +54,13 @@ class Node:
         visits: chosen paths that led through here, those under way included.
         value: v, None until a rollout through here has a reward.
         pilot: the reward of the first rollout through here.
+        guess: lambda r of the clean sample predicted here, where the method asks for it; NaN where it failed.
         x: the state, None while the first rollout is under way.
         output: the network's output at the state; None at a leaf.
         leaf: index of the result in the pool, of a leaf.
     """
 
-    __slots__ = ("children", "depth", "leaf", "output", "parent", "path", "pilot", "value", "visits", "x")
+    __slots__ = ("children", "depth", "guess", "leaf", "output", "parent", "path", "pilot", "value", "visits", "x")
 
     def __init__(self, parent: Node | None = None) -> None:
         self.parent, self.children = parent, []
@@ -75,6 +71,7 @@ class Node:
         self.visits = 1
         self.value: float | None = None
         self.pilot: float | None = None
+        self.guess = math.nan
         self.x: Tensor | None = None
         self.output: Tensor | None = None
         self.leaf: int | None = None
@@ -110,7 +107,7 @@ class Tree:
         return chain
 
 
-class _TreeMethod(Search):
+class TreeMethod(Search):
     """What sampling and searching share: how a tree grows."""
 
     config: TreeSamplingConfig | TreeSearchConfig
@@ -133,6 +130,7 @@ class _TreeMethod(Search):
     def explore(self, space: Space, budget: Budget, pool: Pool) -> Iterator[None]:
         """Grow every prompt's tree by `leaf_batch` leaves a round."""
         trees = [Tree(space, prompt, self._marks(space)) for prompt in range(space.num_prompts)]
+        budget.chains(space, 1 + self.guesses(trees[0], trees[0].root))
         pool.trees = trees
         pool.weigh = lambda: self.weigh(trees, pool)
         while True:
@@ -140,9 +138,10 @@ class _TreeMethod(Search):
             if not grown:
                 return
             owners, chains = [tree for tree, _ in grown], [chain for _, chain in grown]
-            results, prompts = _roll_out(space, owners, chains)
+            results, prompts = roll_out(space, owners, chains)
             rewards = space.score(results, prompts)
             leaves = pool.add(results, rewards, prompts)
+            self.look(owners, chains)
             for tree, chain, reward, leaf in zip(owners, chains, rewards.tolist(), leaves, strict=True):
                 if leaf is not None:
                     chain[-1].leaf = leaf
@@ -151,21 +150,24 @@ class _TreeMethod(Search):
 
     def _grow(self, tree: Tree, budget: Budget) -> Iterator[list[Node]]:
         """New chains of nodes, as many as the round has leaves and the budget pays for."""
-        planned = 0
-        for count in range(self.config.leaf_batch):
+        nfe = scores = 0
+        for _ in range(self.config.leaf_batch):
             node = self._select(tree)
-            planned += tree.cost(node)
-            if not budget.affords(tree.space, tree.prompt, planned, count + 1):
+            nfe, scores = nfe + tree.cost(node), scores + 1 + self.guesses(tree, node)
+            if not budget.affords(tree.space, tree.prompt, nfe, scores):
                 return
             yield tree.grow(node)
 
     def _select(self, tree: Tree) -> Node:
         """The node that gets a new child; visits along the way are counted."""
-        node = tree.root
+        node, idle = tree.root, 0
         while True:
             node.visits += 1
             ready = node.valued()
             if node.depth == len(tree.marks):  # a leaf, reached again: nothing to compute, and another path is chosen
+                idle += 1
+                if idle == _IDLE:
+                    return node.parent  # type: ignore[return-value]
                 node = tree.root
             elif not ready or len(node.children) < self.config.widening * node.visits**self.config.widening_alpha:
                 return node
@@ -182,6 +184,13 @@ class _TreeMethod(Search):
                 node.value = self.value([child.value for child in node.valued()])
             node = node.parent
 
+    def guesses(self, tree: Tree, start: Node) -> int:
+        """How many predicted samples `look` scores after a rollout from a node."""
+        return 0
+
+    def look(self, trees: list[Tree], chains: list[list[Node]]) -> None:
+        """Ask what the new nodes may lead to, where `choose` wants to know."""
+
     def choose(self, tree: Tree, node: Node, ready: list[Node]) -> Node:
         """The child to descend to."""
         raise NotImplementedError
@@ -194,18 +203,18 @@ class _TreeMethod(Search):
         """Set the weights of the leaves, where there are any."""
 
 
-def _roll_out(space: Space, trees: list[Tree], chains: list[list[Node]]) -> tuple[Tensor, Tensor]:
+def roll_out(space: Space, trees: list[Tree], chains: list[list[Node]]) -> tuple[Tensor, Tensor]:
     """Run every chain of new nodes from its branching node to its end, all in one batch.
 
     Returns:
         (results, prompts), a row for each chain.
     """
     rows, outputs = _first(space, trees, chains)
-    alive, left = list(range(len(chains))), [list(chain) for chain in chains]
+    alive, left = list(range(len(chains))), [[node for node in chain if node.x is None] for chain in chains]
     results: list[Tensor | None] = [None] * len(chains)
     while alive:
         rows = space.advance(rows, outputs, [left[k][0].path for k in alive])
-        passed = [(i, left[k].pop(0)) for i, k in enumerate(alive) if _mark(trees[k], left[k][0]) == rows.steps[i]]
+        passed = [(i, left[k].pop(0)) for i, k in enumerate(alive) if mark_of(trees[k], left[k][0]) == rows.steps[i]]
         for i, node in passed:
             node.x = rows.x[i].clone()
         for i, k in enumerate(alive):
@@ -235,83 +244,22 @@ def _first(space: Space, trees: list[Tree], chains: list[list[Node]]) -> tuple[R
         for i, k in enumerate(new):
             rows[k], outputs[k] = first[[i]], predicted[i]
             if trees[k].marks[0] == 0:  # the noise itself is a node
-                node = chains[k].pop(0)
+                node = chains[k][0]
                 node.x, node.output = first.x[i].clone(), predicted[i].clone()
     for k, start in enumerate(starts):
         if rows[k] is None:
-            at = torch.tensor([_mark(trees[k], start)]), torch.tensor([trees[k].prompt])  # type: ignore[arg-type]
+            at = torch.tensor([mark_of(trees[k], start)]), torch.tensor([trees[k].prompt])  # type: ignore[arg-type]
             rows[k] = Rows(start.x[None], *at)  # type: ignore[union-attr,index]
     return Rows.cat(rows), torch.stack(outputs)  # type: ignore[arg-type]
 
 
-def _mark(tree: Tree, node: Node) -> int:
+def mark_of(tree: Tree, node: Node) -> int:
+    """The step before which a node stands."""
     return tree.marks[node.depth - 1]
 
 
-@SEARCHES.register("tree_sampling")
-class TreeSampling(_TreeMethod):
-    """DTS: samples the target p(x_0) exp(lambda r(x_0))."""
-
-    config_class = TreeSamplingConfig
-    config: TreeSamplingConfig
-
-    def choose(self, tree: Tree, node: Node, ready: list[Node]) -> Node:
-        """Draw a child from softmax(select_lambda v)."""
-        given = self.config.select_lambda
-        scale = self.config.target_lambda if given is None else given
-        logits = scale * np.array([child.value for child in ready])
-        cumulative = np.exp(logits - logits.max()).cumsum()
-        return ready[int(np.searchsorted(cumulative, tree.generator.random() * cumulative[-1], side="right"))]
-
-    def value(self, children: list[float]) -> float:
-        """1/lambda log mean exp(lambda v); the mean where lambda is 0."""
-        return _soft(np.array(children), self.config.target_lambda)
-
-    def weigh(self, trees: list[Tree], pool: Pool) -> None:
-        """A leaf's weight is the probability that a draw ends there, times Z."""
-        scale = self.config.target_lambda
-        for prompt, tree in enumerate(trees):
-            found = np.full(len(pool.rewards(prompt)), -math.inf)
-            self._spread(tree.root, 0.0, found)
-            root = tree.root.value
-            pool.log_z[prompt] = None if root is None else scale * root
-            pool.log_weights[prompt] = torch.from_numpy(found) + (0.0 if root is None else scale * root)
-
-    def _spread(self, node: Node, log_share: float, found: np.ndarray) -> None:
-        """Give every leaf below a node its share of the node's."""
-        if node.leaf is not None:
-            found[node.leaf] = log_share
-            return
-        ready = node.valued()
-        pilots = self.config.sibling_values == "pilot"
-        logits = self.config.target_lambda * np.array([child.pilot if pilots else child.value for child in ready])
-        for child, log_part in zip(ready, logits - np.logaddexp.reduce(logits), strict=True):
-            self._spread(child, log_share + log_part, found)
-
-
-@SEARCHES.register("tree_search")
-class TreeSearch(_TreeMethod):
-    """DTS*: searches for the highest reward."""
-
-    config_class = TreeSearchConfig
-    config: TreeSearchConfig
-
-    def choose(self, tree: Tree, node: Node, ready: list[Node]) -> Node:
-        """The child of the highest scaled value plus bonus (UCT)."""
-        spread = (tree.high - tree.low) or 1.0
-        scores = [
-            (child.value - tree.low) / spread
-            + self.config.exploration * math.sqrt(math.log(node.visits) / child.visits)  # type: ignore[operator]
-            for child in ready
-        ]
-        return ready[int(np.argmax(scores))]
-
-    def value(self, children: list[float]) -> float:
-        """Their maximum, or their soft mean."""
-        return max(children) if self.config.backup == "max" else _soft(np.array(children), self.config.target_lambda)
-
-
-def _soft(values: np.ndarray, scale: float) -> float:
+def soft_mean(values: np.ndarray, scale: float) -> float:
+    """1/scale log mean exp(scale values); the mean where scale is 0."""
     if scale == 0:
         return float(values.mean())
     return float(np.logaddexp.reduce(scale * values) - math.log(len(values))) / scale

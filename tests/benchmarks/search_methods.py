@@ -1,11 +1,12 @@
-"""Searches on a pipeline of the zoo beside best-of-n: reward at equal denoiser evaluations, the oracle held out.
+"""Searches on a pipeline of the zoo beside best-of-n, at equal denoiser evaluations, the oracle held out.
 
-    python tests/benchmarks/search_methods.py --prompts 12 --nfe 2000 --out results
+    python -m tests.benchmarks.search_methods --prompts 10 --out runs/search-methods
 
-Best-of-n is one pool of `--factor` times the budget, and its curve the exact mean over subsets of it. For each method:
-the best reward at the budget, paired with best-of-n's over prompts; how many evaluations best-of-n takes to that value;
-and the oracle's verdict of the image that each would hand over. Prompts are those of the validation split's first 64
-whose samples, drawn with another seed, have the lowest mean reward.
+Prompts are those of the validation split's first 64 whose samples, drawn with a seed of their own, have the lowest mean
+reward. Each job (a method, a budget, a seed; all prompts side by side) leaves a file in `--out`, and is not run again;
+`--tables` prints what is there. Best-of-n's and SVDD's samples are independent: at lower budgets theirs is the exact
+mean over subsets of one pool. A tree is read at every mark of one run. SMC runs at each budget with as many particles
+as it pays for. The policy computes in bfloat16, compiled.
 """
 
 import argparse
@@ -24,131 +25,121 @@ from diffalign.search import Budget, PolicySpace, search_class
 from diffalign.search.config import ChainConfig
 from diffalign.zoo.oracle import judge
 from tests.benchmarks.best_of_n import best_of_n
+from tests.benchmarks.search_tables import draw, tables
 
+BRANCHES = [0, 0.2, 0.4, 0.6, 0.8]
 METHODS = {
+    "best-of-n": ("best_of_n", {}),
     "tree search": ("tree_search", {}),
-    "tree search, the paper's widening": (
-        "tree_search",
-        {"widening": 2.0, "widening_alpha": 0.8, "branch_levels": [0, 0.2, 0.4, 0.6, 0.8]},
-    ),
-    "SVDD, 4 children, the highest": ("svdd", {"num_children": 4, "choice": "highest"}),
-    "SMC, max": ("smc", {"potential": "max", "target_lambda": 100.0}),
+    "tree search, the paper's": ("tree_search", {"widening": 2.0, "widening_alpha": 0.8, "branch_levels": BRANCHES}),
+    "SVDD": ("svdd", {"num_children": 4, "choice": "highest"}),
+    "SMC": ("smc", {"potential": "max", "target_lambda": 100.0, "resample_levels": BRANCHES}),
 }
+JOBS = [  # (method, NFE, seed), the most telling first
+    ("best-of-n", 100_000, 0),
+    ("tree search", 100_000, 0),
+    *(("SMC", nfe, seed) for nfe in (1_000, 10_000) for seed in (0, 1)),
+    ("tree search", 10_000, 1),
+    ("tree search, the paper's", 10_000, 0),
+    ("SVDD", 10_000, 0),
+    ("SVDD", 10_000, 1),
+    ("SMC", 100_000, 0),
+    ("tree search", 100_000, 1),
+    ("SMC", 100_000, 1),
+    ("SVDD", 100_000, 0),
+    ("SVDD", 100_000, 1),
+]
 
 
 def verdicts(space, results, prompt):
     """The oracle of every result of a prompt, (n,)."""
-    images = torch.cat([space.policy.decode(part) for part in results.split(64)])
+    images = torch.cat([space.policy.decode(part) for part in results.split(128)])
     return judge(images, [space.prompts[prompt].text] * len(images)).all_correct.double().numpy()
-
-
-def pool_of(space, nfe):
-    """(rewards, verdicts), each (P, N), of independent samples."""
-    found = search_class("best_of_n")(wave=64).run(space, Budget(nfe=nfe))
-    gold = [verdicts(space, each.results, prompt) for prompt, each in enumerate(found)]
-    return np.stack([each.rewards.numpy() for each in found]), np.stack(gold)
-
-
-def measured(space, method, settings, nfe, marks):
-    """Best rewards at some evaluations (P, K), the oracle of the best (P,), and seconds."""
-    started = time.perf_counter()
-    found = search_class(method)(**settings).run(space, Budget(nfe=nfe))
-    seconds = time.perf_counter() - started
-    curves = []
-    for each in found:
-        curve, spent = each.curve().numpy(), each.nfe.numpy()
-        curves.append([curve[spent <= mark][-1] if (spent <= mark).any() else np.nan for mark in marks])
-    gold = [verdicts(space, each.results[[each.best]], prompt)[0] for prompt, each in enumerate(found)]
-    return np.array(curves), np.array(gold), seconds
 
 
 def hardest(policy, reward, chain, count):
     """The prompts of the lowest mean reward over four samples."""
     prompts = read_prompts("prompts:shapes-validation")[:64]
-    space = PolicySpace(policy, reward, prompts, chain.model_copy(update={"seed": 1}))
+    space = PolicySpace(policy, reward, prompts, chain.model_copy(update={"seed": 1000}))
     found = search_class("best_of_n")().run(space, Budget(reward_calls=4))
     order = np.argsort([float(each.rewards.mean()) for each in found])
     return [prompts[i] for i in order[:count]]
 
 
-def interval(values):
-    """Mean, and 1.96 standard errors over prompts."""
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5)
+def marks_of(nfe):
+    """Evaluations at which curves are read: four a decade from 1,000 on."""
+    marks = (10 ** (np.arange(12, 25) / 4)).round().astype(int)
+    return marks[marks <= nfe]
 
 
-def equal_cost(pool, value, chain):
-    """Evaluations at which best-of-n's mean reaches a value; None where the pool is too small for it."""
-    means = np.stack([expected_best(each, np.arange(1, pool.shape[1] + 1)) for each in pool]).mean(0)
-    above = np.nonzero(means >= value)[0]
-    return int(above[0] + 1) * chain if len(above) else None
+def independent(space, name, found, nfe):
+    """Exact means of the best reward, and of its verdict, over subsets of independent samples."""
+    samples = [(each.rewards.numpy(), verdicts(space, each.results, p)) for p, each in enumerate(found)]
+    groups = METHODS[name][1].get("num_children", 1)  # SVDD's last children belong together: the best of each stands
+    best = [(r.reshape(-1, groups), g.reshape(-1, groups)) for r, g in samples]
+    best = [(r.max(1), np.take_along_axis(g, r.argmax(1)[:, None], 1)[:, 0]) for r, g in best]
+    counts = [max(1, int(mark * len(best[0][0]) // nfe)) for mark in marks_of(nfe)]
+    return {
+        "reward": [expected_best(r, counts).tolist() for r, _ in best],
+        "oracle": [best_of_n(r, g, counts).tolist() for r, g in best],
+        "pool": [r.tolist() for r, _ in best],
+        "gold": [g.tolist() for _, g in best],
+    }
 
 
-def draw(results, path):
-    """Mean best reward against evaluations."""
-    import matplotlib
+def anytime(space, found, marks):
+    """The best reward so far at each mark, and its verdict."""
+    reward, oracle = [], []
+    for prompt, each in enumerate(found):
+        spent, order = each.nfe.numpy(), each.rewards.numpy()
+        at = [int(order[: (spent <= mark).sum()].argmax()) for mark in marks]
+        gold = verdicts(space, each.results[at], prompt)
+        reward.append(order[at].tolist())
+        oracle.append(gold.tolist())
+    return {"reward": reward, "oracle": oracle}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, row in results["curves"].items():
-        style = {"color": "black", "linestyle": "--"} if name == "best-of-n" else {"marker": "o", "markersize": 3}
-        axes.plot(row["nfe"], row["reward"], label=name, **style)
-    axes.set(xscale="log", xlabel="denoiser evaluations for a prompt", ylabel="best reward (shapes-clip), mean")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+def run_job(space, name, nfe):
+    """Run a job, and return its file's content."""
+    method, settings = METHODS[name]
+    started = time.perf_counter()
+    found = search_class(method)(**settings).run(space, Budget(nfe=nfe))
+    seconds = time.perf_counter() - started
+    if method in ("best_of_n", "svdd"):
+        marks, row = marks_of(nfe), independent(space, name, found, nfe)
+    else:
+        marks = [nfe] if method == "smc" else marks_of(nfe)
+        row = anytime(space, found, marks)
+    calls = float(np.mean([each.ledger.reward_calls for each in found]))
+    return {"marks": np.asarray(marks).tolist(), "seconds": seconds, "reward_calls": calls, **row}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="zoo:shapes-sd")
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--nfe", type=int, default=2000)
-    parser.add_argument("--factor", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--most", type=int, default=100_000, help="no job of more denoiser evaluations a prompt")
     parser.add_argument("--out", type=Path, default=Path("runs/search-methods"))
+    parser.add_argument("--tables", action="store_true", help="run nothing")
     args = parser.parse_args()
-    chain = ChainConfig(num_inference_steps=args.steps, guidance_scale=3.0, micro_batch_size=64)
-    policy, reward = Policy.from_pretrained(args.pipeline), rewards.load("shapes-clip")
-    space = PolicySpace(policy, reward, hardest(policy, reward, chain, args.prompts), chain)
-    cost = sum(space.evaluations)
-    marks = np.geomspace(4 * cost, args.nfe, 10).astype(int).tolist()
-    pool, gold = pool_of(space, args.nfe * args.factor)
-    n, counts = args.nfe // cost, [max(1, mark // cost) for mark in marks]
-    base = np.stack([expected_best(each, counts) for each in pool])
-    truth = np.stack([best_of_n(r, g, [n])[0] for r, g in zip(pool, gold, strict=True)])
-    wide = np.unique(np.geomspace(1, pool.shape[1], 30).astype(int))
-    results = {
-        "settings": {k: str(v) for k, v in vars(args).items()},
-        "rows": {"best-of-n": {"reward": interval(base[:, -1]), "oracle": interval(truth)}},
-        "curves": {
-            "best-of-n": {
-                "nfe": (wide * cost).tolist(),
-                "reward": np.stack([expected_best(each, wide) for each in pool]).mean(0).tolist(),
-            }
-        },
-    }
-    for name, (method, settings) in METHODS.items():
-        curves, verdict, seconds = measured(space, method, settings, args.nfe, marks)
-        mean, gain = interval(curves[:, -1]), interval(curves[:, -1] - base[:, -1])
-        equal = equal_cost(pool, mean[0], cost)
-        results["rows"][name] = {
-            "reward": mean,
-            "over best-of-n": gain,
-            "oracle": interval(verdict),
-            "best-of-n needs": equal,
-            "seconds": seconds,
-        }
-        results["curves"][name] = {"nfe": marks, "reward": np.nanmean(curves, 0).tolist()}
-        told = "more than the pool has" if equal is None else f"{equal / args.nfe:.2f} of the budget"
-        print(
-            f"{name}: {mean[0]:.4f}, over best-of-n {gain[0]:+.4f} +- {gain[1]:.4f}; best-of-n needs {told}; ", end=""
-        )
-        print(f"oracle {verdict.mean():.2f} (best-of-n {truth.mean():.2f}); {seconds:.0f} s", flush=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.json").write_text(json.dumps(results, indent=1))
-        draw(results, args.out / "curves.png")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.tables:
+        policy, reward = Policy.from_pretrained("zoo:shapes-sd", dtype=torch.bfloat16), rewards.load("shapes-clip")
+        policy.denoiser.compile()
+        policy.pipe.vae.decoder.compile()
+        chain = ChainConfig(num_inference_steps=10, guidance_scale=3.0, micro_batch_size=128)
+        prompts = hardest(policy, reward, chain, args.prompts)
+        for name, nfe, seed in JOBS:
+            path = args.out / f"{name.replace(' ', '-')}.{nfe}.{seed}.json"
+            if nfe > args.most or path.exists():
+                continue
+            space = PolicySpace(policy, reward, prompts, chain.model_copy(update={"seed": seed}))
+            result = run_job(space, name, nfe) | {"method": name, "nfe": nfe, "seed": seed}
+            path.write_text(json.dumps(result))
+            print(f"{name}, {nfe} NFE, seed {seed}: {np.mean(result['reward'], 0)[-1]:.4f}", flush=True)
+            print(f"oracle {np.mean(result['oracle'], 0)[-1]:.3f}, {result['seconds']:.0f} s", flush=True)
+    files = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+    tables(files)
+    draw(files, args.out / "curves.png")
 
 
 if __name__ == "__main__":

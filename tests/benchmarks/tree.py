@@ -28,7 +28,7 @@ from diffalign.data import read_prompts
 from diffalign.policies import Policy
 from diffalign.search import Budget, PolicySpace, tree
 from diffalign.search.config import ChainConfig
-from diffalign.search.tree import TreeSearch
+from diffalign.search.tree_search import TreeSearch
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 

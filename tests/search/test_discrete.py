@@ -8,7 +8,8 @@ import torch
 
 from diffalign.search.best_of_n import BestOfN, Importance
 from diffalign.search.budget import Budget
-from diffalign.search.tree import TreeSampling, TreeSearch
+from diffalign.search.tree_sampling import TreeSampling
+from diffalign.search.tree_search import TreeSearch
 from tests.search.discrete import CLEAN, Enumerable
 
 
@@ -24,7 +25,9 @@ def test_the_recursion_and_the_matrices_agree(space):
 
 
 @pytest.mark.parametrize(
-    "search", [Importance(), TreeSampling(), TreeSampling(select_lambda=None)], ids=["importance", "tree", "paper"]
+    "search",
+    [Importance(), TreeSampling(), TreeSampling(select_lambda=0), TreeSampling(select_by="rollouts")],
+    ids=["importance", "tree", "even tree", "paper"],
 )
 def test_samples_tend_to_the_target(space, search):
     """Ten times the budget, a third of the distance, as independent samples have it; less where selection adapts."""
@@ -32,7 +35,7 @@ def test_samples_tend_to_the_target(space, search):
         np.mean([space.total_variation(each.results, each.log_weights) for each in search.run(space, Budget(nfe=nfe))])
         for nfe in (200, 2000)
     )
-    adaptive = getattr(search.config, "select_lambda", 0) is None
+    adaptive = getattr(search.config, "select_by", "") == "rollouts"
     assert many < few * (0.6 if adaptive else 0.45)
     assert many < (0.2 if adaptive else 0.14)
 

@@ -1,8 +1,8 @@
 """Samplers on the exact problems, 20 seeds, held to an independent measurement of the same problems.
 
 Reference figures were measured before these methods were written, by other code, with 3 to 8 seeds. A method may be no
-worse than its reference by more than two standard errors of our mean. None stands where ours is: on four planes
-the reference has 0.13 for a tree and 0.128 for importance resampling, and ours 0.19 and 0.15.
+worse than its reference by more than two standard errors of our mean. None stands where there is no reference for what
+ours does, or ours, with the paper's selection, is further from the target.
 """
 
 import math
@@ -19,7 +19,7 @@ from tests.search.problems import Ring
 pytestmark = [pytest.mark.verify, pytest.mark.timeout(1800)]
 
 SEEDS, DRAWS = range(20), 2000
-PAPER = TreeSampling(select_lambda=None)
+PAPER = TreeSampling(select_by="rollouts", widening=2, widening_alpha=0.8, branch_levels=[0, 0.2, 0.4, 0.6, 0.8])
 METHODS = {
     "importance": Importance(wave=1000),
     "tree": TreeSampling(),
@@ -34,8 +34,8 @@ MAXIMISERS = {
 TV = {  # (problem, NFE) -> method -> total variation of the mode frequencies
     ("ring", 10_000): {"importance": 0.072, "tree": 0.105, "tree, the paper's selection": 0.105},
     ("ring", 100_000): {"importance": 0.028, "tree": 0.034, "tree, the paper's selection": 0.118},
-    ("four planes", 100_000): {"importance": 0.128, "tree": None, "tree, the paper's selection": None},
-    ("eight planes", 100_000): {"importance": 0.45, "tree": 0.45, "tree, the paper's selection": None},
+    ("four planes", 100_000): {"importance": 0.128, "tree": 0.13, "tree, the paper's selection": None},
+    ("eight planes", 100_000): {"importance": 0.45, "tree": 0.35, "tree, the paper's selection": None},
 }
 SPACES = {
     "ring": {"steps": 100},
