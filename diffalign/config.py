@@ -100,10 +100,18 @@ class RewardsConfig(Settings):
         return self
 
 
+class RunRewardsConfig(RewardsConfig):
+    """What is trained on, and what only judges. A method that learns from pairs trains on no reward: all judge."""
+
+    train: list[Annotated[RewardTerm, BeforeValidator(_as_term, json_schema_input_type=RewardTerm | str)]] = Field(
+        default=[]
+    )
+
+
 class PromptsConfig(Settings):
     """Prompt files (.txt, one a line, or .jsonl): to train on, to watch and select by, and to judge by once."""
 
-    train: str
+    train: str | None = Field(None, description="of every method but those that learn from pairs, which have their own")
     validation: str
     test: str
 
@@ -144,7 +152,7 @@ class Recipe(TrainingConfig):
     pipeline: PipelineConfig
     adapter: AdapterConfig = AdapterConfig()
     method: Annotated[Settings, ByName(METHODS)]
-    rewards: RewardsConfig
+    rewards: RunRewardsConfig
     prompts: PromptsConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     output_dir: str = Field(description="folder of the run, relative to the working directory")
@@ -163,6 +171,28 @@ class Recipe(TrainingConfig):
                 "for the backward pass; set gradient_checkpointing=block"
             )
         return pipeline
+
+    @field_validator("rewards")
+    @classmethod
+    def _a_reward_or_pairs(cls, rewards: RunRewardsConfig, info: ValidationInfo) -> RunRewardsConfig:
+        method = info.data.get("method")
+        if method is not None and not hasattr(method, "pairs") and not rewards.train:
+            raise ValueError(f"rewards.train = []: {method.name} trains on a reward; name at least 1 item")
+        if method is not None and not rewards.train and not rewards.heldout:
+            raise ValueError(
+                "rewards.heldout = []: with pairs no reward trains, but one must judge; name at least 1 item"
+            )
+        return rewards
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_or_pairs(cls, prompts: PromptsConfig, info: ValidationInfo) -> PromptsConfig:
+        method = info.data.get("method")
+        if method is not None and hasattr(method, "pairs") != (prompts.train is None):
+            if prompts.train is None:
+                raise ValueError(f"prompts.train is required by {method.name}: add it")
+            raise ValueError(f"prompts.train = {prompts.train} beside method.pairs, which has its own: take it out")
+        return prompts
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 PLACES = {
     "pipeline": ("path", "tiny_decoder"),
     "adapter": ("path",),
-    "method": ("noisy_reward",),
+    "method": ("noisy_reward", "pairs"),
     "prompts": SPLITS,
 }
 """Keys of a recipe that hold a path or a name, by section."""
@@ -42,7 +42,8 @@ def anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     """Makes the relative paths of a recipe's tree absolute, in place, as seen from the folder of its file.
 
     Names of what ships (`zoo:`, `prompts:`), hub ids and reward names stay. `output_dir` stays too: runs go to the
-    working directory, not beside a recipe that may lie in an installed package.
+    working directory, not beside a recipe that may lie in an installed package. So do pairs that are not beside the
+    recipe: a command of the user's wrote them.
     """
     folder = folder.resolve()
     for section, key in ((section, key) for section, keys in PLACES.items() for key in keys):
@@ -63,6 +64,8 @@ def anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 def _is_name(section: str, value: str, folder: Path) -> bool:
     if value.startswith(("zoo:", "prompts:")):
         return True
+    if section == "method" and value.endswith((".parquet", ".jsonl")):
+        return not (folder / Path(value).expanduser()).exists()
     return section == "pipeline" and _HUB_ID.fullmatch(value) is not None and not (folder / value).exists()
 
 
@@ -144,6 +147,10 @@ def _wrong(key: str, value: str) -> str | None:
         return (
             None if file.is_file() else f"is no LoRA: {file.name} is missing; give a folder that holds one, or its file"
         )
+    if key == "method.pairs":
+        told = "give pairs, a .parquet or a .jsonl; `diffalign sample PIPELINE --pairs --reward NAME` writes some"
+        there = path.is_file() and path.suffix in (".parquet", ".jsonl")
+        return None if there else f"{'has another suffix' if path.is_file() else 'does not exist'}: {told}"
     if key == "resume_from_checkpoint":
         return None if path.is_dir() else "is no folder: give a folder such as RUN/checkpoints/step-000010, or latest"
     if not path.is_file():

@@ -91,6 +91,58 @@ def test_a_recipe_cannot_be_changed(folder):
         load_recipe("recipe.yaml").seed = 1
 
 
+PAIRS = "method: {name: diffusion_dpo, pairs: pairs.jsonl}"
+
+
+@pytest.fixture
+def preferences(folder):
+    """A recipe that learns from pairs, and a file in which they could be."""
+    text = RECIPE.replace("train: prompts.txt, ", "").replace("train: [{name: shapes-clip, weight: 1.0}]\n", "")
+    method = text[text.index("method:") : text.index("rewards:")]
+    write(folder, "preferences.yaml", text.replace(method, PAIRS + "\n"))
+    write(folder, "pairs.jsonl", "")
+    return folder
+
+
+def test_a_method_of_pairs_needs_neither_prompts_nor_a_reward_to_train_on(preferences):
+    recipe = load_recipe("preferences.yaml")
+    assert (recipe.rewards.train, recipe.rewards.heldout) == ([], ["shapes-preference"])
+    assert recipe.prompts.train is None
+    assert recipe.method.pairs == str(preferences / "pairs.jsonl")
+    assert recipe.method.beta == 5000
+    watched = load_recipe(
+        "preferences.yaml", ["rewards.train=[shapes-clip]", "method={name: flow_dpo, pairs: pairs.jsonl}"]
+    )
+    assert [term.name for term in watched.rewards.train] == ["shapes-clip"]
+
+
+def test_pairs_start_from_the_recipe_where_they_are_there_and_else_from_the_working_directory(preferences):
+    below = write(preferences, "below/recipe.yaml", (preferences / "preferences.yaml").read_text())
+    text = below.read_text().replace("prompts.txt", "../prompts.txt").replace("path: model", "path: ../model")
+    below.write_text(text)
+    assert load_recipe(below).method.pairs == "pairs.jsonl"
+    beside = write(preferences, "below/pairs.jsonl", "")
+    assert load_recipe(below).method.pairs == str(beside)
+
+
+@pytest.mark.parametrize(
+    ("override", "value", "remedy"),
+    [
+        ("method.pairs=none.parquet", "method.pairs = ", "does not exist: give pairs, a .parquet or a .jsonl"),
+        ("method.pairs=prompts.txt", "prompts.txt", "has another suffix: give pairs"),
+        ("method.beta=0", "method.beta = 0", "greater than 0"),
+        ("rewards.heldout=[]", "rewards.heldout = []", "one must judge; name at least 1 item"),
+        ("prompts.train=prompts.txt", "beside method.pairs, which has its own", "take it out"),
+        ("method.beta_schedule=timestep", "method.beta_schedule = timestep", "is no key of this section"),
+    ],
+)
+def test_a_wrong_recipe_of_pairs_is_told(preferences, override, value, remedy):
+    flat = " ".join(refusal("preferences.yaml", [override]).split())
+    assert "one thing is wrong" in flat
+    assert value in flat
+    assert remedy in flat
+
+
 # Each wrong setting: override, the value as told, the remedy.
 WRONG = [
     ("learning_rte=1e-3", "learning_rte = 0.001", "did you mean learning_rate?"),
@@ -293,7 +345,11 @@ def test_the_shipped_schema_is_that_of_the_code():
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if not is_search(read_recipe(name))])
-def test_every_shipped_recipe_is_right(name):
+def test_every_shipped_recipe_is_right(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = read_recipe(name)["method"].get("pairs")
+    if pairs:  # written by a command of the user's
+        write(tmp_path, pairs, "")
     recipe = load_recipe(name)
     assert recipe.output_dir.startswith("runs/")
 

@@ -40,17 +40,19 @@ class Kind(StrEnum):
     PROMPTS = "prompts"
 
 
+Recipe = Annotated[str, typer.Argument(help="a YAML file, or the name of a recipe that ships (diffalign ls recipes)")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")]
+Plugins = Annotated[
+    list[Path] | None, typer.Option(help="a Python file to run first, which registers rewards or methods of your own")
+]
+
+
 # Unknown options reach the overrides, where `--learning_rate 1e-3` is answered with how to write it.
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    recipe: Annotated[
-        str, typer.Argument(help="a YAML file, or the name of a recipe that ships (diffalign ls recipes)")
-    ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")] = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(help="a Python file to run first, which registers rewards or methods of your own"),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="two steps on tiny random weights of the same classes, and nothing kept")
     ] = False,
@@ -66,14 +68,9 @@ def train(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def search(
-    recipe: Annotated[
-        str, typer.Argument(help="a YAML file, or the name of a recipe that ships (diffalign ls recipes)")
-    ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")] = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(help="a Python file to run first, which registers rewards or methods of your own"),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
 ) -> None:
     """Search for better images at inference time, at a stated budget; the same command goes on where it was stopped.
 
@@ -87,11 +84,8 @@ def search(
 @app.command(context_settings={"ignore_unknown_options": True})
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="a recipe to check; without one, this machine")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, over the recipe's settings")] = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(help="a Python file to run first, which registers rewards or methods of your own"),
-    ] = None,
+    overrides: Overrides = None,
+    plugin: Plugins = None,
 ) -> None:
     """Say what this machine can do; with a recipe, load it and check sampler, gradients, memory and disk.
 
@@ -108,7 +102,7 @@ def sample(
         str, typer.Argument(metavar="RECIPE_OR_PIPELINE", help="a recipe, zoo:NAME, a folder or a hub id")
     ],
     prompts: Annotated[str, typer.Option(help="a file (.txt, .jsonl), prompts:NAME, or the text of one prompt")],
-    out: Annotated[Path, typer.Option(help="folder for the images, a grid and samples.jsonl")],
+    out: Annotated[Path, typer.Option(help="folder for the images, a grid and samples.jsonl; with --pairs a .parquet")],
     lora: Annotated[Path | None, typer.Option(help="a folder with pytorch_lora_weights.safetensors")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="default: the recipe's, or 0")] = None,
     num_inference_steps: Annotated[
@@ -116,7 +110,13 @@ def sample(
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="default: the recipe's evaluation, or 5")] = None,
     num_images_per_prompt: Annotated[
-        int | None, typer.Option(min=1, help="default: the recipe's evaluation, or 1")
+        int | None, typer.Option(min=1, help="default: the recipe's evaluation, or 1; with --pairs 4")
+    ] = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="write the best against the worst image of each prompt, to train on")
+    ] = False,
+    reward: Annotated[
+        str | None, typer.Option(help="with --pairs: what chooses, a reward's name or recipe file")
     ] = None,
 ) -> None:
     """Draw the images of prompts: with a recipe, its seed and its prompts, those that its report shows.
@@ -134,6 +134,8 @@ def sample(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         num_images_per_prompt=num_images_per_prompt,
+        pairs=pairs,
+        reward=reward,
     )
 
 

@@ -1,10 +1,13 @@
-"""`diffalign sample`: the same images as the evaluation of a run, for the same prompts file, seed and settings."""
+"""`diffalign sample`: the same images as the evaluation of a run, for the same prompts file, seed and settings.
+
+With `--pairs` a reward chooses among the images of each prompt, and the pairs are written for DPO to learn from.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from diffalign.config import EvaluationConfig, PipelineConfig, Problem, RecipeError, load_recipe
 from diffalign.recipe_file import shipped_recipes
@@ -13,6 +16,9 @@ from diffalign.recipe_references import anchor_paths, check_references
 if TYPE_CHECKING:
     from diffalign.data import Prompt
     from diffalign.engine.evaluate import Evaluation
+    from diffalign.policies import Policy
+
+IMAGES_TO_CHOOSE_FROM = 4
 
 
 def run(
@@ -25,9 +31,14 @@ def run(
     num_inference_steps: int | None,
     guidance_scale: float | None,
     num_images_per_prompt: int | None,
+    pairs: bool,
+    reward: str | None,
 ) -> None:
-    """Draws, and writes `NNNNN-II.png` (prompt, image), `grid.png` and `samples.jsonl` into `out`."""
+    """Draws, and writes `NNNNN-II.png` (prompt, image), `grid.png` and `samples.jsonl` into `out`; or pairs."""
     pipeline, evaluation, default_seed = settings(source)
+    if pairs:
+        num_images_per_prompt = num_images_per_prompt or max(IMAGES_TO_CHOOSE_FROM, evaluation.num_images_per_prompt)
+    refuse_pairs(pairs, reward, out, num_images_per_prompt)
     asked = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
@@ -47,9 +58,45 @@ def run(
     policy = load_policy(pipeline)
     if lora is not None:
         policy.load_lora(lora)
+    if pairs and reward is not None:
+        return write_pairs(policy, chosen, reward, evaluation, seed, out)
     images = sample_images(policy, chosen, seed=seed, **evaluation.sampling())
     write(images, out, evaluation.num_images_per_prompt, seed)
     print(f"{len(images.prompts)} images: {out}")
+
+
+def refuse_pairs(pairs: bool, reward: str | None, out: Path, num_images_per_prompt: int | None) -> None:
+    """RecipeError for options that do not go with `--pairs`, or not without."""
+    if not pairs:
+        if reward is not None:
+            _refuse_with(f"--reward {reward}", "chooses pairs: add --pairs, or score the folder with `diffalign score`")
+        return
+    if reward is None:
+        _refuse_with("--pairs", "needs what chooses: add --reward NAME (`diffalign ls rewards`)")
+    if out.suffix != ".parquet":
+        _refuse_with(f"--out {out}", f"should be a .parquet file with --pairs: write {out.with_suffix('.parquet')}")
+    if num_images_per_prompt is not None and num_images_per_prompt < 2:
+        _refuse_with(f"--num-images-per-prompt {num_images_per_prompt}", "leaves nothing to choose: use 2 or more")
+    _refuse({"rewards": {"train": [reward]}}, "--reward")
+
+
+def _refuse_with(place: str, message: str) -> NoReturn:
+    raise RecipeError("diffalign sample", [Problem(place, message)])
+
+
+def write_pairs(
+    policy: Policy, prompts: list[Prompt], reward: str, evaluation: EvaluationConfig, seed: int, out: Path
+) -> None:
+    """Draws, scores, writes the best against the worst, and tells how many prompts gave no pair."""
+    from diffalign import rewards
+    from diffalign.data import write_pairs as write_rows
+    from diffalign.engine.pairs import LeftOut, draw_pairs
+
+    left_out = LeftOut()
+    judge = rewards.load(reward).to(policy.device)
+    count = write_rows(out, draw_pairs(policy, prompts, judge, evaluation, seed, left_out))
+    told = f"{left_out.ties} with equal scores and {left_out.failed} with fewer than two scores are left out"
+    print(f"{count} pairs of {len(prompts)} prompts, of {evaluation.num_images_per_prompt} images each; {told}: {out}")
 
 
 def settings(source: str) -> tuple[PipelineConfig, EvaluationConfig, int]:

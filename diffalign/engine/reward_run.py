@@ -18,7 +18,7 @@ from diffalign.data import Prompt, read_prompts
 from diffalign.engine.interrupt import deferred_interrupt
 from diffalign.engine.load import load_policy
 from diffalign.engine.output import claim, refusals_explained
-from diffalign.engine.run import Interrupted, Run, checkpoint, resume
+from diffalign.engine.run import Interrupted, Run, loop, resume
 from diffalign.engine.tracking import Metrics
 from diffalign.finetune.config import TrainingConfig
 from diffalign.finetune.noisy_reward import NoisyRewardTrainer
@@ -72,7 +72,7 @@ def _train(recipe: Recipe, policy: Policy, judges: Mapping[str, Reward], splits:
     with closing(Metrics(output_dir, recipe.report_to, resume_step=step, accelerator=trainer.accelerator)) as metrics:
         if step == 0:
             metrics.append({"step": 0, **validation(reward, splits["validation"])})
-        loop(run, metrics, reward, splits["validation"])
+        loop(run, metrics, lambda: validation(reward, splits["validation"]), progress(run))
     if run.is_main:
         write(output_dir / "reward", reward, noisy.accuracies(reward, splits["test"]), splits["test"])
     trainer.accelerator.wait_for_everyone()
@@ -130,24 +130,6 @@ def draw(
     state.wait_for_everyone()
     parts = [load_file(file) for file in files]
     return {name: torch.cat([part[name] for part in parts]) for name in ("latents", "values")}
-
-
-def loop(run: Run, metrics: Metrics, reward: noisy.NoisyReward, choices: noisy.Choices) -> None:
-    """Trains to `max_train_steps`: a row of metrics a step, validation and checkpoints at their intervals."""
-    recipe, trainer, last = run.recipe, run.trainer, run.recipe.max_train_steps
-    with deferred_interrupt() as interrupted, progress(run) as show:
-        for row in trainer.iterate(run.prompts["train"], last):
-            step = trainer.step
-            if step % recipe.evaluation.validation_steps == 0 or step == last:
-                row |= validation(reward, choices)
-            metrics.append(row)
-            show(row)
-            if step % recipe.checkpointing_steps == 0 or step == last or interrupted:
-                checkpoint(run)
-            if interrupted:
-                raise Interrupted(
-                    f"stopped after step {step} of {last}; resume_from_checkpoint=latest goes on from {run.output_dir}"
-                )
 
 
 def validation(reward: noisy.NoisyReward, choices: noisy.Choices) -> Row:

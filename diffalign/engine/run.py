@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +54,7 @@ class Run:
     output_dir: Path
     policy: Policy
     trainer: Trainer
-    train_reward: Reward
+    train_reward: Reward | None  # None: a method that learns from pairs, in a recipe whose rewards only judge
     heldout: dict[str, Reward]
     prompts: dict[str, list[Prompt]]
     parting: Parting = field(default_factory=Parting)
@@ -62,7 +62,8 @@ class Run:
     @property
     def judges(self) -> dict[str, Reward]:
         """The training reward and the held-out ones, by name."""
-        return {self.train_reward.name: self.train_reward} | self.heldout
+        trained = {} if self.train_reward is None else {self.train_reward.name: self.train_reward}
+        return trained | self.heldout
 
     @property
     def is_main(self) -> bool:
@@ -104,7 +105,7 @@ def _train(run: Run) -> Path:
         first = validate(run)
         prove_gradient(run, first)
         metrics.append({"step": 0, **record_validation(run, first)})
-    loop(run, metrics)
+    loop(run, metrics, lambda: record_validation(run, validate(run)), progress(run))
     metrics.close()
     if run.is_main:
         run.policy.save_lora(run.output_dir / "lora")
@@ -124,7 +125,8 @@ def build(recipe: Recipe, policy: Policy | None = None) -> Run:
         policy.add_lora(adapter.rank, adapter.alpha, adapter.target_modules, seed=recipe.seed)
     else:
         policy.load_lora(adapter.path)
-    train_reward = rewards.weighted_sum([(rewards.load(r.name), r.weight) for r in recipe.rewards.train])
+    terms = [(rewards.load(r.name), r.weight) for r in recipe.rewards.train]
+    train_reward = rewards.weighted_sum(terms) if terms else None
     shared = {name: getattr(recipe, name) for name in TrainingConfig.model_fields}
     trainer = trainer_class(recipe.method.name)(
         policy, train_reward, **shared, **recipe.method.model_dump(exclude={"name"})
@@ -135,12 +137,18 @@ def build(recipe: Recipe, policy: Policy | None = None) -> Run:
         policy=policy,
         trainer=trainer,
         train_reward=train_reward,
-        heldout=load_heldout(recipe, train_reward.name, policy.device),
-        prompts={split: read_prompts(getattr(recipe.prompts, split)) for split in SPLITS},
+        heldout=load_heldout(recipe, train_reward and train_reward.name, policy.device),
+        prompts=read_splits(recipe, trainer),
     )
 
 
-def load_heldout(recipe: Recipe, train_reward: str, device: torch.device) -> dict[str, Reward]:
+def read_splits(recipe: Recipe, trainer: Trainer) -> dict[str, list[Prompt]]:
+    """The prompts of each split; those to train on are the trainer's own where it learns from pairs."""
+    files = {split: getattr(recipe.prompts, split) for split in SPLITS}
+    return {split: read_prompts(file) if file else list(trainer.prompts) for split, file in files.items()}
+
+
+def load_heldout(recipe: Recipe, train_reward: str | None, device: torch.device) -> dict[str, Reward]:
     """The held-out rewards by their own names, which head columns and curves.
 
     Raises:
@@ -194,15 +202,19 @@ def settle_micro_batch(run: Run) -> None:
     )
 
 
-def loop(run: Run, metrics: Metrics) -> None:
+def loop(
+    run: Run,
+    metrics: Metrics,
+    validated: Callable[[], Row],
+    shown: AbstractContextManager[Callable[[Row], None]],
+) -> None:
     """Trains to `max_train_steps`: a row of metrics a step, validation and checkpoints at their intervals."""
-    recipe, trainer = run.recipe, run.trainer
-    last = recipe.max_train_steps
-    with deferred_interrupt() as interrupted, progress(run) as show:
+    recipe, trainer, last = run.recipe, run.trainer, run.recipe.max_train_steps
+    with deferred_interrupt() as interrupted, shown as show:
         for row in trainer.iterate(run.prompts["train"], last):
             step = trainer.step
             if step % recipe.evaluation.validation_steps == 0 or step == last:
-                row |= record_validation(run, validate(run))
+                row |= validated()
             metrics.append(row)
             show(row)
             if step % recipe.checkpointing_steps == 0 or step == last or interrupted:
@@ -249,21 +261,21 @@ def record_validation(run: Run, evaluation: Evaluation) -> Row:
         folder.mkdir(parents=True, exist_ok=True)
         picture = media.grid(media.from_uint8(evaluation.images[:GRID_IMAGES]))
         media.save_png(picture, folder / f"validation-{run.trainer.step:06d}.png")
-    for sentence in run.parting.look(
-        run.trainer.step, evaluation, run.train_reward.name, run.output_dir / "checkpoints"
-    ):
-        if run.is_main:
-            logger.warning("%s", sentence)
     means = evaluation.means()
     row = {f"heldout/{name}": means[name] for name in run.heldout}
-    row[f"validation/{run.train_reward.name}"] = means[run.train_reward.name]
+    if run.train_reward is not None:
+        proxy, checkpoints = run.train_reward.name, run.output_dir / "checkpoints"
+        row[f"validation/{proxy}"] = means[proxy]
+        for sentence in run.parting.look(run.trainer.step, evaluation, proxy, checkpoints):
+            if run.is_main:
+                logger.warning("%s", sentence)
     spread = image_diversity(evaluation, run.judges)
     return row if spread is None else row | {"diversity": spread.overall}
 
 
 def prove_gradient(run: Run, evaluation: Evaluation) -> None:
     """Contract 7: before training, a differentiable reward's gradient is there on images of the policy itself."""
-    if not run.train_reward.differentiable:
+    if run.train_reward is None or not run.train_reward.differentiable:
         return  # a method that needs the gradient has refused it when it was built
     few = slice(0, 4)
     prompts = evaluation.prompts[few]
@@ -291,7 +303,7 @@ def progress(run: Run) -> Iterator[Callable[[Row], None]]:
         def show(row: Row) -> None:
             heldout.update({name.removeprefix("heldout/"): v for name, v in row.items() if name.startswith("heldout/")})
             told = {
-                "reward": row["reward"],
+                **{name: row[name] for name in ("reward", "implicit_accuracy") if name in row},
                 **heldout,
                 **({"distance": row["prediction_mse"]} if "prediction_mse" in row else {}),
                 "images/s": row["samples_per_s"],

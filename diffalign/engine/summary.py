@@ -52,11 +52,11 @@ def compare_with_reference(
         prompts=recipe.prompts.test,
         facts={
             "method": recipe.method.name,
-            "training": f"{recipe.max_train_steps} steps of {recipe.num_prompts_per_step * recipe.group_size} images",
+            "training": f"{recipe.max_train_steps} steps of {of_a_step(recipe)}",
             "test": f"{len(ids)} images of {len(set(ids))} prompts, seed {recipe.seed}",
             "sampling": described(settings),
         },
-        figures=figures(judges, base, tuned),
+        figures=figures(judges, base, tuned, trained=bool(recipe.rewards.train)),
         gallery=[pair(folder, row, base, tuned, f"seed {recipe.seed}, prompt {ids[row]}") for row in rows],
         noise=save_noise(folder, rows, ids, recipe.seed, latent_shape) if _plain(settings) else None,
         cost={
@@ -95,13 +95,20 @@ def pipeline_arguments(recipe: Recipe) -> dict[str, float]:
     return kept if tokens is None else kept | {"max_sequence_length": tokens}
 
 
-def figures(judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation) -> list[Figure]:
-    """Each judge's figure, and the diversity of the images."""
+def of_a_step(recipe: Recipe) -> str:
+    """What a training step sees, in words."""
+    if hasattr(recipe.method, "pairs"):
+        return f"{recipe.num_prompts_per_step} pairs"
+    return f"{recipe.num_prompts_per_step * recipe.group_size} images"
+
+
+def figures(judges: Mapping[str, Reward], base: Evaluation, tuned: Evaluation, *, trained: bool = True) -> list[Figure]:
+    """Each judge's figure, and the diversity of the images; the first judge is the training reward if one trained."""
     ids = [p.id for p in base.prompts]
     found = []
     for position, name in enumerate(judges):
         oracle = is_oracle(name)
-        kind = "training" if position == 0 else "oracle" if oracle else "heldout"
+        kind = "training" if trained and position == 0 else "oracle" if oracle else "heldout"
         found.append(compare(name, kind, base.scores[name], tuned.scores[name], ids, unit="%" if oracle else ""))
     before, after = (image_diversity(e, judges) for e in (base, tuned))
     if before is not None and after is not None and before.of_prompt:

@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from diffalign.finetune.config import METHODS, RewardBackpropConfig, TrainingConfig
+from diffalign.finetune.dpo_config import DiffusionDPOConfig, FlowDPOConfig
 from diffalign.finetune.noisy_reward_config import NoisyRewardConfig
+from diffalign.finetune.trajectory_config import B2DiffuRLConfig, DDPOConfig, FlowGRPOConfig, PRDPConfig
 
 if TYPE_CHECKING:
-    from diffalign.finetune.reward_backprop import RewardBackprop
-    from diffalign.finetune.trainer import TRAINERS, History, Trainer
+    from diffalign.finetune.trainer import Trainer
+
+# Lazy, so that recipes are validated without importing torch.
+_HOMES = {
+    "B2DiffuRL": "b2_diffurl",
+    "DDPO": "ddpo",
+    "DiffusionDPO": "dpo",
+    "FlowDPO": "dpo",
+    "FlowGRPO": "flow_grpo",
+    "History": "trainer",
+    "PRDP": "prdp",
+    "RewardBackprop": "reward_backprop",
+    "TRAINERS": "trainer",
+    "Trainer": "trainer",
+}
 
 __all__ = [
     "METHODS",
-    "TRAINERS",
-    "History",
+    "B2DiffuRLConfig",
+    "DDPOConfig",
+    "DiffusionDPOConfig",
+    "FlowDPOConfig",
+    "FlowGRPOConfig",
     "NoisyRewardConfig",
-    "RewardBackprop",
+    "PRDPConfig",
     "RewardBackpropConfig",
-    "Trainer",
     "TrainingConfig",
     "trainer_class",
+    *_HOMES,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy, so that recipes are validated without importing torch.
-    if name == "RewardBackprop":
-        from diffalign.finetune.reward_backprop import RewardBackprop
-
-        return RewardBackprop
-    if name in ("TRAINERS", "Trainer", "History"):
-        from diffalign.finetune import trainer
-
-        return getattr(trainer, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def trainer_class(method: str) -> type[Trainer]:
     """The trainer of a method by its recipe name, one of `METHODS`; UnknownName where none is registered."""
-    from diffalign.finetune import reward_backprop  # noqa: F401  registers its own
+    for home in set(_HOMES.values()):
+        import_module(f"{__name__}.{home}")  # registers its own
     from diffalign.finetune.trainer import TRAINERS
 
     return TRAINERS.get(method)

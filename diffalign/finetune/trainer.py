@@ -130,6 +130,16 @@ class Trainer:
         """
         raise NotImplementedError
 
+    def updates(self, prompts: Sequence[Prompt]) -> Iterator[tuple[dict[str, Tensor], Ledger]]:
+        """Adds the gradients of the step's optimiser updates, one after another, each as `accumulate` does: by default
+        one, that of `accumulate`. `prompts` are those of all processes; see `share`.
+        """
+        yield self.accumulate(self.share(prompts))
+
+    def share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Of the prompts of all processes this one's own."""
+        return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+
     def train(
         self,
         prompts: Sequence[str | Prompt],
@@ -158,23 +168,25 @@ class Trainer:
             yield self.take_step(sampler.batch(self.step))
 
     def take_step(self, prompts: Sequence[Prompt]) -> Row:
-        """One optimiser step on the prompts of all processes; returns its metrics."""
+        """The optimiser updates of one step, on the prompts of all processes; returns their mean metrics."""
         started = time.perf_counter()
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        world = self.accelerator.num_processes
         if len(prompts) % world:
             raise ValueError(
                 f"num_prompts_per_step = {len(prompts)} does not divide over {world} processes; "
                 f"use a multiple of {world}"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.accelerator.autocast():
-            sums, ledger = self.accumulate(prompts[rank::world])
-        self._sum_gradients()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
-        row = {"step": self.step + 1, **self._means(sums), "grad_norm": float(grad_norm)}
-        self._refuse(row)
-        row["learning_rate"] = self.lr_scheduler.get_last_lr()[0]
-        self.optimizer.step()
+        updates, rows, ledger = self.updates(prompts), [], Ledger()
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.accelerator.autocast():
+                update = next(updates, None)
+            if update is None:
+                break
+            rows.append(self._update(update[0]))
+            ledger.add(update[1])
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        row = {"step": self.step + 1, **means, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
         self.lr_scheduler.step()
         means = {name.removeprefix("reward/"): v for name, v in row.items() if name.startswith("reward/")}
         for reward in self._rewards():
@@ -184,6 +196,15 @@ class Trainer:
         ledger.peak_memory_bytes = peak_memory(self.policy.device)
         images = len(prompts) * self.training.group_size
         return row | ledger.as_dict() | {"samples_per_s": images / ledger.seconds}
+
+    def _update(self, sums: dict[str, Tensor]) -> Row:
+        """One optimiser update with the gradients that are there; returns its metrics."""
+        self._sum_gradients()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
+        row = {**self._means(sums), "grad_norm": float(grad_norm)}
+        self._refuse(row)
+        self.optimizer.step()
+        return row
 
     def _refuse(self, row: Row) -> None:
         """Raises StepFailed for a step that must not be taken. The numbers are the same on every process."""

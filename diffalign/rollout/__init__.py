@@ -1,5 +1,6 @@
 """Sampling a policy: recorded without gradient, or differentiable under a rule that says where the gradient flows."""
 
+from diffalign.rollout.branched import branched_rollout
 from diffalign.rollout.chain import Trajectory
 from diffalign.rollout.differentiable import differentiable_rollout
 from diffalign.rollout.gradient import DRTune, Full, GradientRule, LastK, LowVariance, Plan, RandomK, Sparse
@@ -18,6 +19,7 @@ __all__ = [
     "RandomK",
     "Sparse",
     "Trajectory",
+    "branched_rollout",
     "differentiable_rollout",
     "in_interval",
     "log_probs",

@@ -22,9 +22,10 @@ class Trajectory:
         latents: (B, C, h, w) the result, before decoding. Under a plan that is renoised n times, ((n + 1) B, C, h, w):
             all rows of the first prediction, then all of the next.
         stochastic: (N,) bool on the host; steps that have a density.
-        states: N + 1 states (B, C, h, w) in fp32, the first is the noise, or None if not asked for.
+        states: N + 1 states (B, C, h, w) in fp32, the first is the noise, or None if not asked for; None in the places
+            of those that branches share.
         log_probs: (B, N) log-density of each step's state, 0 at deterministic steps, or None if not asked for.
-        transitions: N Gaussians that the states were drawn from, or None if not asked for.
+        transitions: N Gaussians that the states were drawn from, or None if not asked for, likewise.
         plan: where the gradient flows; None for a rollout without gradient.
         prediction_mse: (B,) mean over the evaluations with gradient, and over elements, of the squared difference
             between the predictions of policy and reference (the penalty of DRaFT+), or None.
@@ -35,13 +36,23 @@ class Trajectory:
 
     latents: Tensor
     stochastic: Tensor
-    states: list[Tensor] | None = None
+    states: list[Tensor | None] | None = None
     log_probs: Tensor | None = None
-    transitions: list[Normal] | None = None
+    transitions: list[Normal | None] | None = None
     plan: Plan | None = None
     prediction_mse: Tensor | None = None
     kl: Tensor | None = None
     ledger: Ledger = field(default_factory=Ledger)
+
+    def rows(self, index: slice) -> "Trajectory":
+        """What was recorded of some rows of a rollout without gradient; their cost stays with the whole."""
+        part = Trajectory(self.latents[index], self.stochastic)
+        part.states = None if self.states is None else [None if x is None else x[index] for x in self.states]
+        part.log_probs = None if self.log_probs is None else self.log_probs[index]
+        if self.transitions is not None:
+            kept = self.transitions
+            part.transitions = [None if n is None else Normal(n.mean[index], n.std[index]) for n in kept]
+        return part
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Rollouts without gradient, and their transitions evaluated again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -160,8 +160,9 @@ def log_probs(
     guidance: Guidance = "pipeline",
     steps: Sequence[int] | None = None,
     micro_batch_size: int | None = None,
+    against: Mapping[int, Normal] | None = None,
 ) -> Tensor:
-    """Return the log-densities of recorded steps under the policy as it is now.
+    """Return the log-densities of recorded steps under the policy as it is now, or their ratios to others.
 
     Args:
         policy: as in :func:`transition`, like all that is not named here.
@@ -174,6 +175,8 @@ def log_probs(
         guidance: likewise.
         steps: which ones, default every stochastic step.
         micro_batch_size: likewise.
+        against: Gaussians of the chosen steps, such as the reference's, whose log-densities are subtracted, element by
+            element before they are reduced.
 
     Returns:
         (B, number of steps).
@@ -194,7 +197,11 @@ def log_probs(
             guidance=guidance,
             micro_batch_size=micro_batch_size,
         )
-        columns.append(now.log_prob(trajectory.states[i + 1], reduction, validate=False))  # type: ignore[index]
+        x = trajectory.states[i + 1]  # type: ignore[index]
+        if against is None:
+            columns.append(now.log_prob(x, reduction, validate=False))
+        else:
+            columns.append(now.log_ratio(x, against[i], reduction, validate=False))
     return torch.stack(columns, 1)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffalign.config import load_recipe
-from diffalign.engine import reward_run
+from diffalign.engine import reward_run, run
 from diffalign.engine.run import Interrupted
 from diffalign.policies import Policy
 from diffalign.rewards.noisy import NoisyReward
@@ -78,8 +78,8 @@ def test_a_run_that_was_stopped_while_drawing_and_while_learning_ends_as_an_unbr
     monkeypatch.setattr(reward_run, "deferred_interrupt", lambda: Now(0))
     with pytest.raises(Interrupted, match="stopped after 1 of 2 parts of the train samples"):
         reward_run.train_reward(recipe(tmp_path / "stopped"), policy)
-    looks = iter([9, 9, 9, 1])  # three splits, then the training
-    monkeypatch.setattr(reward_run, "deferred_interrupt", lambda: Now(next(looks)))
+    monkeypatch.setattr(reward_run, "deferred_interrupt", lambda: Now(9))  # the splits
+    monkeypatch.setattr(run, "deferred_interrupt", lambda: Now(1))  # the training
     with pytest.raises(Interrupted, match="stopped after step 1 of 3"):
         reward_run.train_reward(recipe(tmp_path / "stopped", "resume_from_checkpoint=latest"), policy)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ from torch import Tensor
 from diffalign.laws import DDIM, FlowSDE, Window
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
-from diffalign.rollout import log_probs, rollout, trajectory_gradient
+from diffalign.rollout import log_probs, rollout, trajectory_gradient, transition
 
 PROMPTS = ["a bad dog", "a fine lake", "a bad dog", "a fine lake"]
 ROWS = [(i,) for i in range(4)]
@@ -108,3 +108,36 @@ def test_deterministic_steps_are_refused_and_left_out_by_default() -> None:
     assert cost.backward_passes == 2 * 4 * 2
     with pytest.raises(ValueError, match=r"steps \[0\] are deterministic"):
         trajectory_gradient(*chain, lambda now: now.sum(), steps=[0, 1], **settings)
+
+
+def test_a_known_first_pass_is_left_out(run):
+    """L as log-ratios to other Gaussians, known or evaluated: the same loss and gradient, a pass less."""
+    policy, trajectory, condition, law, schedule = run
+    chain = {"guidance_scale": GUIDANCE, "reduction": "sum", "steps": [0, 1, 2]}
+    with torch.no_grad(), policy.reference():
+        against = {
+            i: transition(policy, trajectory, condition, law, schedule, i, guidance_scale=GUIDANCE) for i in (0, 1, 2)
+        }
+    with torch.no_grad():
+        known = log_probs(policy, trajectory, condition, law, schedule, against=against, **chain)
+        plain = log_probs(policy, trajectory, condition, law, schedule, **chain)
+        with policy.reference():
+            base = log_probs(policy, trajectory, condition, law, schedule, **chain)
+    torch.testing.assert_close(known, plain - base, rtol=1e-9, atol=1e-9)
+    found = []
+    for given in (None, known):
+        value, ledger = trajectory_gradient(
+            policy,
+            trajectory,
+            condition,
+            law,
+            schedule,
+            prdp(trajectory.log_probs),
+            against=against,
+            known=given,
+            **chain,
+        )
+        found.append((float(value), gradients(policy), ledger.denoiser_evaluations))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+    assert distance(found[1][1], found[0][1]) < 1e-12
+    assert found[0][2] - found[1][2] == 4 * 3 * 2

@@ -1,0 +1,79 @@
+r"""Flow-GRPO: group-relative policy optimisation of a flow, whose ODE is run as an SDE of the same marginals.
+
+The clipped ratio of `policy_gradient`, with advantages relative to the group of a prompt. Its forms:
+
+- `window`: Flow-GRPO-Fast and MixGRPO. A few steps in a row draw noise and are trained, all others are the ODE's; where
+  the window starts is drawn for each training step.
+- `noise`: the SDE's coefficient of Flow-GRPO, or that of DanceGRPO, or the coefficients-preserving step of Flow-CPS.
+- `ratio_norm`: GRPO-Guard. With S the step's spread and dmu = mu_theta - mu_old, the log-ratio (reduced by the mean)
+
+      log rho = (2 dmu (x - mu_old) - dmu^2) / (2 S^2)    has mean -dmu^2 / (2 S^2) and a size of 1 / S, and
+      log rho' = S (log rho + mean(dmu^2) / (2 S^2))      has mean 0 and one size for all steps.
+
+Sources: Liu et al. 2025, Flow-GRPO (arXiv 2505.05470); Li et al. 2025, MixGRPO (arXiv 2507.21802); Xue et al. 2025,
+DanceGRPO (arXiv 2505.07818); Wang & Yu 2025, Flow-CPS (arXiv 2509.05952); Wang et al. 2025, GRPO-Guard (arXiv
+2510.22319). Departures:
+
+- KL is that of the two Gaussians of a step over 2 S^2, as in Flow-GRPO, for all three kinds of noise.
+- Under `cps` the log-density is the whole Gaussian's; Flow-CPS leaves out 1 / (2 S^2), which weighs steps otherwise.
+- The window is one for all prompts of a training step. GRPO-Guard's second part, which divides the gradient of a step
+  by its dt, is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from diffalign.finetune.policy_gradient import PolicyGradient
+from diffalign.finetune.trainer import TRAINERS
+from diffalign.finetune.trajectory_config import FlowGRPOConfig
+from diffalign.laws import CPS, DanceGRPONoise, FlowSDE, Law, Normal, Window
+from diffalign.laws.normal import reduce_elements
+from diffalign.noise import generator
+from diffalign.policies import Policy
+from diffalign.rewards import Reward
+
+
+@TRAINERS.register("flow_grpo")
+class FlowGRPO(PolicyGradient):
+    """Trains the adapter by Flow-GRPO; settings of `TrainingConfig` and `FlowGRPOConfig`.
+
+    Raises ValueError at once for groups of one, and for noise of a flow on another pipeline.
+    """
+
+    config_class = FlowGRPOConfig
+    config: FlowGRPOConfig
+
+    def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
+        super().__init__(policy, reward, **settings)
+        if self.training.group_size < 2:
+            raise ValueError("group_size = 1 leaves nothing to compare a sample with: use 2 or more")
+        if self.schedule.kind != "flow" and self.config.noise != "flow_grpo":
+            raise ValueError(f"noise = {self.config.noise} is that of a flow, and this pipeline is none: use flow_grpo")
+
+    def law(self) -> Law:
+        """The SDE; with a window, in the steps where this training step's noise is."""
+        eta = self.config.eta
+        if self.config.noise == "cps":
+            law: Law = CPS() if eta is None else CPS(eta)
+        elif self.config.noise == "dance_grpo":
+            law = FlowSDE(DanceGRPONoise() if eta is None else DanceGRPONoise(eta))
+        else:
+            law = super().law()
+        if self.config.window is None:
+            return law
+        steps = len(self.schedule)
+        starts = max(1, round(self.config.window_share * steps) - self.config.window + 1)
+        start = int(generator(self.training.seed, "window", self.step).integers(starts))
+        return Window(law, self.schedule, start, start + self.config.window)
+
+    def log_ratio(self, now: Normal, old: Normal, x: Tensor) -> Tensor:
+        """Log rho (B,); under `ratio_norm` GRPO-Guard's."""
+        plain = super().log_ratio(now, old, x)
+        if not self.config.ratio_norm:
+            return plain
+        drift = reduce_elements((now.mean - old.mean).square(), self.config.reduction)
+        return old.std * plain + drift / (2 * old.std)

@@ -1,0 +1,180 @@
+"""Pairs of images: what is read from published and own files, what is written, and in which words a file is refused."""
+
+import json
+from io import BytesIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from diffalign import media
+from diffalign.data import Judged, Pair, Prompt, open_pair, read_pairs, write_pairs
+from diffalign.data import pairs as module
+
+
+def encoded(colour, kind="PNG", size=(8, 8)):
+    buffer = BytesIO()
+    Image.new("RGB", size, colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def row(**changes):
+    return {
+        "caption": "a cat",
+        "jpg_0": encoded("red", "JPEG"),
+        "jpg_1": encoded("blue", "JPEG"),
+        "label_0": 1.0,
+        "label_1": 0.0,
+    } | changes
+
+
+def parquet(folder, *rows):
+    path = folder / "pairs.parquet"
+    pq.write_table(pa.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def jsonl(folder, *rows):
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in rows))
+    return path
+
+
+def colour(images):
+    """Of each image its strongest channel."""
+    return images.mean((2, 3)).argmax(1).tolist()
+
+
+def test_what_is_written_is_read_to_the_bit(tmp_path):
+    pixels = torch.randint(0, 256, (3, 2, 3, 6, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scores = [(0.25, 0.5), (0.5, 0.25), (-1.0, -2.0)]
+    texts = ["a", "b ü", "c"]
+    rows = [Judged(Prompt(*of), *has) for of, *has in zip(zip(texts, "xyz", strict=True), pixels, scores, strict=True)]
+    file = tmp_path / "deep" / "pairs.parquet"
+    assert write_pairs(file, iter(rows)) == 3
+    assert [path.name for path in file.parent.iterdir()] == ["pairs.parquet"]
+    pairs, left_out = read_pairs(file)
+    assert left_out == 0
+    assert [(pair.prompt.text, pair.prompt.id) for pair in pairs] == [("a", 0), ("b ü", 1), ("c", 2)]
+    for pair, images, winner in zip(pairs, pixels, (1, 0, 0), strict=True):
+        opened = open_pair(pair, (6, 4))
+        assert torch.equal(opened, media.from_uint8(torch.stack([images[winner], images[1 - winner]])))
+    table = pq.read_table(file)
+    assert table.column_names == ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "reward_0", "reward_1"]
+    assert table["reward_0"].to_pylist() == [0.25, 0.5, -1.0]
+
+
+def test_a_file_is_not_there_before_it_is_whole(tmp_path):
+    def broken():
+        yield Judged(Prompt("a", 0), torch.zeros(2, 3, 4, 4), (1.0, 0.0))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs(tmp_path / "pairs.parquet", broken())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"rewards 1\.0 and 1\.0 choose none"):
+        write_pairs(tmp_path / "pairs.parquet", [Judged(Prompt("a", 0), torch.zeros(2, 3, 4, 4), (1.0, 1.0))])
+
+
+def test_pickapic_is_read_without_its_ties(tmp_path):
+    tie, unlabelled = {"label_0": 0.5, "label_1": 0.5}, {"has_label": False, "label_0": 0.0}
+    swapped = {"label_0": 0.0, "label_1": 1.0, "caption": "a dog"}
+    labelled = [row(has_label=True, ranking_id=7, **changes) for changes in ({}, tie, swapped)]
+    pairs, left_out = read_pairs(parquet(tmp_path, *labelled, row(ranking_id=8, **unlabelled)))
+    assert left_out == 2
+    assert [(pair.prompt.text, pair.prompt.id) for pair in pairs] == [("a cat", 0), ("a dog", 2)]
+    assert [colour(open_pair(pair, (8, 8))) for pair in pairs] == [[0, 2], [2, 0]]
+
+
+def test_images_in_structs_are_read_too(tmp_path):
+    nested = {name: {"bytes": encoded(c), "path": None} for name, c in (("jpg_0", "red"), ("jpg_1", "blue"))}
+    (pair,), _ = read_pairs(parquet(tmp_path, row(**nested)))
+    assert colour(open_pair(pair, (8, 8))) == [0, 2]
+
+
+def test_a_list_beside_images_is_read(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (8, 8), name).save(tmp_path / "images" / f"{name}.webp", lossless=True)
+    line = {"prompt": "a cat", "chosen": "images/blue.webp", "rejected": "images/red.webp"}
+    pairs, left_out = read_pairs(jsonl(tmp_path, line, "", line | {"id": "second", "user": 3}))
+    assert left_out == 0
+    assert [pair.prompt for pair in pairs] == [Prompt("a cat", 0), Prompt("a cat", "second", {"user": 3})]
+    assert colour(open_pair(pairs[0], (8, 8))) == [2, 0]
+
+
+def test_another_size_is_cropped_in_the_middle_and_resized():
+    wide = Image.new("RGB", (40, 10), "white")
+    wide.paste((255, 0, 0), (10, 0, 30, 10))  # what is seen is 15 to 25; the filter reaches further
+    buffer = BytesIO()
+    wide.save(buffer, "PNG")
+    images = open_pair(Pair(Prompt("a", 0), buffer.getvalue(), encoded("blue", size=(5, 5)), "here"), (20, 20))
+    assert images.shape == (2, 3, 20, 20)
+    assert torch.equal(images[0], torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 20, 20))
+    assert torch.equal(images[1], torch.tensor([0, 0, 1.0])[:, None, None].expand(3, 20, 20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"label_0": 2.0}, r"row 0: the labels are \(2\.0, 0\.0\), and must be 1 and 0, or 0\.5 twice for a tie"),
+        ({"label_0": None}, r"row 0: the labels are \(None, 0\.0\)"),
+        ({"caption": " "}, "row 0: caption is ' ', and must be a text that is not empty"),
+        ({"jpg_1": None}, "row 0: jpg_1 is a NoneType, and must be the bytes of an image file"),
+        ({"label_0": 0.5, "label_1": 0.5}, r"holds no pair of which one image was chosen \(1 rows are ties\)"),
+    ],
+)
+def test_a_wrong_row_is_told(tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        read_pairs(parquet(tmp_path, row(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            {"prompt": "a", "chosen": "no.png", "rejected": "no.png"},
+            r"line 1: .*no\.png does not exist: paths start from",
+        ),
+        ({"prompt": "a", "chosen": 3, "rejected": "x"}, "line 1: chosen is 3, and must be a text"),
+        ({"prompt": "", "chosen": "x", "rejected": "x"}, "line 1: prompt is '', and must be a text"),
+        ("[1]", "line 1: expected an object with prompt, chosen and rejected, found list"),
+        ({"id": True, "prompt": "a", "chosen": "x", "rejected": "x"}, "line 1: id is True, and must be a whole number"),
+        ("{", "line 1: Expecting property name"),
+    ],
+)
+def test_a_wrong_line_is_told(tmp_path, line, told):
+    with pytest.raises((ValueError, FileNotFoundError), match=told):
+        read_pairs(jsonl(tmp_path, line))
+
+
+def test_a_wrong_file_is_told(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist"):
+        read_pairs(tmp_path / "none.parquet")
+    (tmp_path / "pairs.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"pairs are read from \.parquet or \.jsonl files, not \.csv"):
+        read_pairs(tmp_path / "pairs.csv")
+    (tmp_path / "broken.parquet").write_text("a")
+    with pytest.raises(
+        ValueError, match=r"broken\.parquet cannot be read as parquet \(.*\): give a file that is whole"
+    ):
+        read_pairs(tmp_path / "broken.parquet")
+    whole = row()
+    del whole["label_1"]
+    with pytest.raises(ValueError, match="has no column label_1: expected caption, jpg_0, jpg_1, label_0, label_1"):
+        read_pairs(parquet(tmp_path, whole))
+    monkeypatch.setattr(module, "MAX_PARQUET_BYTES", 100)
+    with pytest.raises(
+        ValueError, match=r"bytes of images, and at most 100 are read into memory: give a part of it, or"
+    ):
+        read_pairs(parquet(tmp_path, row()))
+
+
+def test_a_broken_image_is_told_with_its_place(tmp_path):
+    (pair,), _ = read_pairs(parquet(tmp_path, row(jpg_1=b"no image")))
+    with pytest.raises(
+        ValueError, match=r"row 0: the rejected image is not a PNG, JPEG, WEBP image, .* take the row out"
+    ):
+        open_pair(pair, (8, 8))

@@ -1,0 +1,220 @@
+"""Methods of recorded trajectories on tiny real pipelines: what holds on the first update, and their gradients."""
+
+import math
+
+import pytest
+import torch
+
+from diffalign.finetune import DDPO, PRDP, B2DiffuRL, FlowGRPO
+from diffalign.finetune.b2_diffurl import best_and_worst
+from diffalign.finetune.prdp import prdp_loss
+from diffalign.policies import Policy
+from diffalign.policies.tiny import tiny_sd, tiny_sd3
+from diffalign.rollout import log_probs
+
+PROMPTS = ["a red circle", "a blue cube"]
+COMMON = {"num_inference_steps": 4, "guidance_scale": 2.0, "num_prompts_per_step": 2, "group_size": 3}
+METHODS = {
+    "ddpo": (DDPO, tiny_sd, {"advantage": "group"}),
+    "history": (DDPO, tiny_sd, {"history_least": 4, "num_minibatches": 2}),
+    "score": (DDPO, tiny_sd, {"estimator": "score", "advantage": "rloo"}),
+    "b2": (B2DiffuRL, tiny_sd, {"select_threshold": 0.0, "window_start": 0.5}),
+    "grpo": (FlowGRPO, tiny_sd3, {"kl_weight": 0.1}),
+    "fast": (FlowGRPO, tiny_sd3, {"window": 2}),
+    "cps": (FlowGRPO, tiny_sd3, {"noise": "cps", "ratio_norm": True, "clip_range": 2e-6}),
+    "dance": (FlowGRPO, tiny_sd3, {"noise": "dance_grpo", "timestep_fraction": 0.6}),
+    "prdp": (PRDP, tiny_sd, {"beta": 0.1, "clip_range": 1e-3}),
+    "prdp of a flow": (PRDP, tiny_sd3, {"beta": 0.1, "clip_range": 1e-3, "num_inner_epochs": 2}),
+}
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def trainer(name, reward=redness, **settings):
+    method, make, own = METHODS[name]
+    torch.manual_seed(0)
+    policy = Policy.wrap(make())
+    policy.add_lora(rank=2, alpha=2)
+    return method(policy, reward, **COMMON | own | settings)
+
+
+def watch(t):
+    """The parts and steps that the trainer minimises, before its gradients are used."""
+    seen, kept = [], t.minimise
+
+    def minimise(part, law, steps):
+        result = kept(part, law, steps)
+        seen.append((part, law, steps, result[0], [p.grad.clone() for p in t.parameters]))
+        return result
+
+    t.minimise = minimise
+    return seen
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_on_the_first_update_the_policy_is_the_old_one(name):
+    """The ratio is exactly 1, nothing is clipped, and at the reference KL is exactly 0, in micro-batches too."""
+    for size in ("auto", 3):
+        t = trainer(name, num_inner_epochs=1, num_minibatches=1, micro_batch_size=size)
+        row = t.train(PROMPTS, steps=1).rows[0]
+        assert row["ratio"] == 1
+        assert row["clip_fraction"] == 0
+        assert row["kl"] == 0
+        assert row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["ddpo", "grpo", "prdp"])
+def test_micro_batches_do_not_change_the_gradient(name):
+    gradients = []
+    for size in ("auto", 2):
+        t = trainer(name, micro_batch_size=size)
+        seen = watch(t)
+        t.train(PROMPTS, steps=1)
+        gradients.append(torch.cat([g.flatten() for g in seen[0][-1]]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-2 * float(gradients[0].abs().max()))
+
+
+@pytest.mark.parametrize("name", ["ddpo", "score", "grpo", "dance"])
+def test_the_first_gradient_is_that_of_reinforce(name):
+    """- A grad log p, by densities that `log_probs` evaluates as a whole, over samples and trained steps."""
+    t = trainer(name)
+    seen = watch(t)
+    t.train(PROMPTS, steps=1)
+    part, law, steps, _, found = seen[0]
+    again = trainer(name)
+    for p in again.parameters:
+        p.grad = None
+    density = log_probs(
+        again.policy, part.trajectory, part.condition, law, t.schedule,
+        guidance_scale=t.guidance_scale, reduction="mean", steps=steps,
+    )  # fmt: skip
+    (-(part.advantages.to(density)[:, None] * density).mean()).backward()
+    for p, gradient in zip(again.parameters, found, strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-9)
+
+
+def test_advantages_are_those_of_the_rewards():
+    t = trainer("ddpo")
+    seen = watch(t)
+    t.train(PROMPTS, steps=1)
+    part = seen[0][0]
+    rewards = part.rewards.reshape(2, 3)
+    expected = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, unbiased=False, keepdim=True)
+    torch.testing.assert_close(part.advantages, expected.flatten())
+
+
+@pytest.mark.parametrize("name", ["history", "prdp of a flow"])
+def test_a_resumed_run_is_bit_equal(name):
+    whole, first, second = (trainer(name) for _ in range(3))
+    expected = whole.train(PROMPTS, steps=3).rows[-1]
+    first.train(PROMPTS, steps=2)
+    second.load_state_dict(first.state_dict())
+    found = second.train(PROMPTS, steps=1).rows[-1]
+    clocks = {"seconds", "peak_memory_bytes", "samples_per_s"}
+    assert {k: v for k, v in found.items() if k not in clocks} == {k: v for k, v in expected.items() if k not in clocks}
+    for a, b in zip(whole.parameters, second.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_updates_of_a_step():
+    """Each epoch has an update for each minibatch; later ones see ratios away from 1."""
+    t = trainer("ddpo", num_inner_epochs=2, num_minibatches=2, learning_rate=1e-2)
+    seen = watch(t)
+    row = t.train(PROMPTS, steps=1).rows[0]
+    assert len(seen) == 4
+    assert [part is seen[i - 2][0] for i, (part, *_) in enumerate(seen)][2:] == [True, True]
+    assert float(seen[0][3]["ratio"]) == 3  # of each of the part's three samples 1
+    assert float(seen[2][3]["ratio"]) != 3
+    assert row["reward"] == pytest.approx(float(torch.cat([seen[0][0].rewards, seen[1][0].rewards]).mean()), rel=1e-5)
+    assert row["decodes"] == row["reward_calls"] == 6
+
+
+def test_a_failed_score_trains_nothing():
+    """A group of failed scores changes nothing, and the others train as if it were not there."""
+
+    def failing(images, prompts, metadata):
+        values = redness(images, prompts, metadata)
+        return torch.where(torch.tensor([p == PROMPTS[0] for p in prompts]), math.nan, values)
+
+    for name in ("ddpo", "prdp"):
+        t = trainer(name, failing)
+        seen = watch(t)
+        row = t.train(PROMPTS, steps=1).rows[0]
+        assert row["reward_failures"] == 3
+        assert row["grad_norm"] > 0
+        assert math.isfinite(row["reward"])
+        assert seen[0][0].rewards.isnan().sum() == 3
+
+
+def test_groups_without_spread_are_counted_and_cost_nothing():
+    t = trainer("ddpo", lambda images, prompts, metadata: torch.ones(len(images)))
+    row = t.train(PROMPTS, steps=1).rows[0]
+    assert row["zero_variance"] == 1
+    assert row["grad_norm"] == 0
+    assert row["backward_passes"] == 0
+
+
+def test_prdp_loss():
+    """Against the double sum of the paper, with clipping in both directions and a tie."""
+    generator = torch.Generator().manual_seed(0)
+    now, old = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    rewards = torch.tensor([1.0, 3.0, 3.0, 0.5, math.nan, 2.0], dtype=torch.float64)
+    total, pairs = 0.0, 0
+    for g in (0, 3):
+        for a in range(g, g + 3):
+            for b in range(g, g + 3):
+                if not rewards[a] > rewards[b]:
+                    continue
+                target = (rewards[a] - rewards[b]) / 0.7
+                clip = now.clamp(old - 0.2, old + 0.2).sum(1)
+                total += max((now[a].sum() - now[b].sum() - target) ** 2, (clip[a] - clip[b] - target) ** 2)
+                pairs += 1
+    assert pairs == 3
+    assert float(prdp_loss(now, old, rewards, 3, 0.7, 0.2)) == pytest.approx(float(total))
+
+
+def test_ratio_norm_is_the_shift_along_the_noise():
+    """GRPO-Guard's log-ratio is mean(dmu . eps) for x = mu_old + S eps, of mean 0."""
+    from diffalign.laws import Normal
+
+    t = trainer("cps")
+    generator = torch.Generator().manual_seed(0)
+    old = Normal(torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([0.1, 0.7]))
+    now = Normal(old.mean + 0.01 * torch.randn(2, 4, 8, 8, generator=generator), old.std)
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    expected = ((now.mean - old.mean) * noise).mean((1, 2, 3))
+    torch.testing.assert_close(t.log_ratio(now, old, old.sample(noise)), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_the_best_and_the_worst_branch_train():
+    """If they reach the threshold; a NaN is neither, and of equal ones the first is taken."""
+    advantages = torch.tensor([[0.2, 1.5, -0.1, -1.6], [0.4, -0.4, 0.0, 0.0], [math.nan, 2.0, -0.5, 2.0]])
+    expected = torch.tensor([[0, 1.5, 0, -1.6], [0, 0, 0, 0], [0, 2.0, -0.5, 0]])
+    assert torch.equal(best_and_worst(advantages, 0.5), expected)
+
+
+def test_the_window_grows_to_all_steps():
+    t = trainer("b2", max_train_steps=8, window_start=0.5)
+    seen = watch(t)
+    t.train(PROMPTS, steps=8)
+    trained = [steps for _, _, steps, *_ in seen]
+    assert trained == [list(range(4 - m, 4)) for m in (2, 2, 3, 3, 3, 3, 4, 4)]
+    assert seen[0][0].trajectory.states[0] is None
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: trainer("grpo", group_size=1), "leaves nothing to compare"),
+        (lambda: trainer("prdp", group_size=1), "makes no pair"),
+        (lambda: trainer("ddpo", num_minibatches=3), "does not divide the 2 prompts"),
+        (lambda: trainer("score", num_inner_epochs=2), "2 updates a step train on"),
+        (lambda: trainer("fast", window=9), "longer than num_inference_steps = 4"),
+        (lambda: FlowGRPO(Policy.wrap(tiny_sd()), redness, group_size=2, noise="cps"), "is that of a flow"),
+    ],
+)
+def test_wrong_settings_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
