@@ -20,9 +20,10 @@ from diffalign.__main__ import main
 from diffalign.policies import Policy
 
 MOMENTS = {
-    # name: (what is counted, at which count the process dies); the counts are those of the recipe in test_resume.py
+    # name: at which count the process dies; the counts are those of the recipes in test_resume.py
     "rollout": 22,
     "backward": 3,
+    "update": 11,
     "save": 5,
     "rename": 2,
 }
@@ -64,6 +65,8 @@ def arm(moment):
             return pixels
 
         Policy.decode = decode_and_wait
+    elif moment == "update":
+        torch.optim.AdamW.step = ticking(torch.optim.AdamW.step, tick)
     elif moment == "save":
         os.fsync = ticking(os.fsync, tick)
     else:

@@ -11,9 +11,9 @@ from tests.processes import start
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def launch(out, world, build="sd", weights="whole"):
+def launch(out, world, method="sd", weights="whole"):
     out.mkdir()
-    for status, errors in start(SCRIPT, [out, build, weights], world):
+    for status, errors in start(SCRIPT, [out, method, weights], world):
         assert status == 0, errors
     return [load_file(out / f"{r}.safetensors") for r in range(world)]
 
@@ -25,12 +25,20 @@ def two(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_both_batches(tmp_path, two):
-    (one,) = launch(tmp_path / "one", 1)
-    first, second = two
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-        # Sums of float32 in another order; Adam's first steps divide by the gradient's own size.
-        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=2e-6, msg=name)
+    assert_one(two, launch(tmp_path / "one", 1))
+
+
+@pytest.mark.verify
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("method", ["ddpo", "prdp"])
+def test_two_processes_equal_one_on_recorded_trajectories(tmp_path, method):
+    """Advantages by the history of all processes, and pairs counted over them, where they have not equally many."""
+    two = launch(tmp_path / "two", 2, method)
+    assert_one(two, launch(tmp_path / "one", 1, method))
+    if method == "ddpo":
+        kept = [two[0][f"history/{number}"] for number in range(4)]
+        assert [len(rewards) for rewards in kept] == [6, 6, 6, 0]  # every score of the last failed
+        assert min(float(rewards.std()) for rewards in kept[:3]) > 1e-3
 
 
 @pytest.mark.slow
@@ -39,8 +47,19 @@ def test_frozen_weights_that_are_divided_train_the_same_adapter(tmp_path, two):
 
 
 @pytest.mark.verify
+@pytest.mark.timeout(300)
 def test_frozen_weights_of_a_transformer_are_divided_too(tmp_path):
     compare(launch(tmp_path / "whole", 2, "sd3"), launch(tmp_path / "sharded", 2, "sd3", "sharded"))
+
+
+def assert_one(two, one):
+    first, second = two
+    (one,) = one
+    assert first.keys() == second.keys() == one.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+        # Sums of float32 in another order; Adam's first steps divide by the gradient's own size.
+        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=2e-6, msg=name)
 
 
 def compare(whole, sharded):

@@ -54,3 +54,20 @@ def test_rewards_of_sets(tmp_path):
     assert len(found["peers"]) == 5
     for peer in found["peers"]:
         assert max(peer["largest_relative_difference"].values()) < 1e-6, peer
+
+
+def test_ddpo(tmp_path):
+    """log-densities of steps, the clipped loss and its gradient, and advantages by the history of a prompt."""
+    case("ddpo_case", tmp_path)
+    *chains, history = told(PEERS, HERE / "ddpo.py", tmp_path)
+    print(*chains, history, sep="\n")
+    assert [line["steps"] for line in chains] == [20, 30, 30, 9]
+    # Of the last step of the last chain trl has another idea than diffusers' sampler, see there.
+    assert [len(line["elsewhere"]) for line in chains] == [0, 0, 0, 1]
+    for line in chains:
+        found = line["largest_difference"]
+        assert found["log_prob"] < 1e-7  # trl's log sqrt(2 pi) is of float32
+        assert max(found["loss"], found["gradient"]) < 1e-12
+        assert found["clipped"] == 0
+        assert 0.05 < line["clipped"] < 0.95
+    assert history["largest_difference"]["advantages"] < 1e-5  # trl adds 1e-6 to deviations
