@@ -14,8 +14,8 @@ Sources: Liu et al. 2025, Flow-GRPO (arXiv 2505.05470); Li et al. 2025, MixGRPO 
 DanceGRPO (arXiv 2505.07818); Wang & Yu 2025, Flow-CPS (arXiv 2509.05952); Wang et al. 2025, GRPO-Guard (arXiv
 2510.22319). Departures:
 
-- KL is that of the two Gaussians of a step, over 2 S^2, for all three kinds of noise. The authors' code leaves dt out of
-  S^2: its beta at N steps is about N times our `kl_weight`.
+- KL is that of the two Gaussians of a step, over 2 S^2, for all three kinds of noise. The authors' code leaves dt out
+  of S^2: its beta at N steps is about N times our `kl_weight`.
 - Groups are divided by their spread as it is, where the code adds 1e-4 to it, and the mean is over all samples, where
   the code leaves out those without advantage.
 - Under `cps` the log-density is the whole Gaussian's; Flow-CPS leaves out 1 / (2 S^2), which weighs steps otherwise.
