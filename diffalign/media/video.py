@@ -83,7 +83,9 @@ def save_video(frames: Tensor, path: str | Path, fps: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
+        # Where it looks ahead, x264 is not deterministic on some processors with AVX-512: equal frames, other file.
+        how = {"crf": "17", "mbtree": "0", "rc-lookahead": "0"}
+        stream = container.add_stream("libx264", rate=rate, options=how)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if width % 2 or height % 2 else "yuv420p"
         # Said in the file, since players guess otherwise, and by the size: 1 is BT.709, and its limited range.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import pad
 
 from diffalign.media import resize
 from diffalign.rewards.conditions.base import ConditionReward, picture
@@ -64,14 +64,22 @@ def edge_strength(images: Tensor) -> Tensor:
     if min(images.shape[-2:]) < 3:
         raise ValueError(f"images are {tuple(images.shape[-2:])}: edges need at least 3 x 3 pixels")
     grey = (images * images.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
-    bell = torch.exp(-torch.arange(-2.0, 3.0).square() / 2).to(images)
-    bell = bell / bell.sum()
-    blurred = conv2d(pad(grey, (2, 2, 2, 2), mode="reflect"), (bell[:, None] * bell)[None, None])
-    sobel = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    padded = pad(blurred, (1, 1, 1, 1), mode="replicate")
-    across, down = (conv2d(padded, kernel[None, None])[:, 0] for kernel in (sobel, sobel.T))
+    bell = torch.exp(-torch.arange(-2, 3, dtype=torch.float64).square() / 2)
+    bell = (bell / bell.sum()).tolist()
+    blurred = _filtered(_filtered(pad(grey, (2, 2, 2, 2), mode="reflect"), bell, -1), bell, -2)
+    padded = pad(blurred, (1, 1, 1, 1), mode="replicate")[:, 0]
+    across, down = (_filtered(_filtered(padded, [-1, 0, 1], a), [1, 2, 1], b) for a, b in ((-1, -2), (-2, -1)))
     strength = (across**2 + down**2 + _EPSILON).sqrt()
     return strength * _is_maximum(strength.detach(), across.detach(), down.detach())
+
+
+def _filtered(images: Tensor, weights: list[float], dim: int) -> Tensor:
+    """Correlate with a filter along one dimension, without padding.
+
+    A convolution rounds otherwise in another batch, and rounding decides which of two equal neighbours is a maximum.
+    """
+    count = images.shape[dim] - len(weights) + 1
+    return sum(weight * images.narrow(dim, k, count) for k, weight in enumerate(weights))  # type: ignore[return-value]
 
 
 def _is_maximum(strength: Tensor, across: Tensor, down: Tensor) -> Tensor:
