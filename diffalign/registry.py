@@ -1,9 +1,9 @@
-"""Names to things: registries of code, the files that ship with the package, the suffixes of files of data."""
+"""Names to things: registries of code, the files that ship with the package, names and suffixes of files of data."""
 
 import difflib
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Generic, Literal, TypeVar
 
 T = TypeVar("T")
@@ -11,6 +11,12 @@ T = TypeVar("T")
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 PAIR_SUFFIXES = (".parquet", ".jsonl", ".json")
 """What `diffalign.data` reads, here since recipes are checked without torch, which importing it loads."""
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name from data, taken from a folder, is of something outside it."""
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 class UnknownName(ValueError):

@@ -35,6 +35,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def check_folder(cache: str | Path) -> None:
+    """Raises ValueError where the folder of a `TensorCache` could not be made or written to; nothing is made."""
+    folder = Path(cache).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"cache = {cache}: {there} is no folder; name another")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"cache = {cache}: {there} cannot be written to; name another folder")
+
+
 class TensorCache:
     """A folder of safetensors files, each under the sha256 of what its tensors were computed from.
 
@@ -52,12 +62,11 @@ class TensorCache:
 
     def __init__(self, folder: str | Path, max_bytes: int = MAX_BYTES) -> None:
         self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        check_folder(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cache = {folder} cannot be made ({error}): name another folder.") from None
-        if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"cache = {folder} cannot be written to: name another folder.")
+            raise ValueError(f"cache = {folder} cannot be made ({error}); name another folder") from None
         self._full = self._failed = False
         self._held = self._new = 0  # bytes when they were last counted, and put there since
         self._counted = False

@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Iterator
 from itertools import combinations
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from diffalign.data.pair import SIDES, Pair
 from diffalign.data.prompts import Prompt, take_prompt
+from diffalign.registry import leads_out
 
 MAX_JSON_BYTES = 2**30  # a JSON is read whole; the train split of HPDv2 has some 645,000 comparisons
 MAX_PAIRS = 2**22  # of a JSON; every two images of an entry are one, so that few bytes can ask for many
@@ -94,7 +95,7 @@ def _hpd_entry(entry: Any) -> tuple[str, list[str], list[float]]:
     names = entry.get(key)
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{key} is {names!r}, and must be a list of two or more file names")
-    leaving = [name for name in names if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    leaving = [name for name in names if leads_out(name)]
     if leaving:
         raise ValueError(f"{key} has {leaving[0]!r}, which leads out of the folder of the images: name files below it")
     key = "rank" if "rank" in entry else "human_preference"

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from diffalign import media, rewards
 from diffalign.data import Prompt
+from diffalign.data.cache import check_folder
 from diffalign.engine.evaluate import sample_images
 from diffalign.engine.footprint import footprint
 from diffalign.engine.machine import GIB, free_disk
-from diffalign.engine.output import check_cache
 from diffalign.engine.pipeline_call import as_latents, call_arguments
 from diffalign.engine.run import Run, build
 from diffalign.laws import default_law
@@ -59,8 +59,8 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("method", "WARN", "noisy_reward trains a reward and no policy: nothing was looked at", remedy)
         return
     try:
-        if hasattr(recipe.method, "cache"):
-            check_cache(recipe.method.cache)
+        if getattr(recipe.method, "cache", None) is not None:
+            check_folder(recipe.method.cache)
             # It would be written to.
             recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"cache": None})})
         run = build(recipe)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from diffalign.data import PromptSampler, read_prompts
+from diffalign.data.cache import check_folder
 from diffalign.engine.checkpoint import load_checkpoint
 from diffalign.engine.load import load_policy
-from diffalign.engine.output import check_cache
 from diffalign.engine.run import train
 from diffalign.engine.stand_ins import missing_reward, write_pipeline, write_random_pairs, write_reward
 from diffalign.finetune import trainer_class
@@ -146,8 +146,8 @@ def reduced_method(recipe: Recipe, folder: Path, unchecked: list[str]) -> Settin
         changes["num_minibatches"] = min(method.num_minibatches, FEW)
     if hasattr(method, "top_k"):  # of the samples of a prompt, and here they are few
         changes["top_k"] = 1
-    if hasattr(method, "cache"):
-        check_cache(method.cache)
+    if getattr(method, "cache", None) is not None:
+        check_folder(method.cache)
         changes["cache"] = None  # no place for what random weights make
     if hasattr(method, "pairs") and not Path(method.pairs).exists():
         write_random_pairs(folder / "pairs.parquet", recipe.num_prompts_per_step)

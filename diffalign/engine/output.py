@@ -1,9 +1,8 @@
-"""The folders of a run: looked at before anything is loaded, and what a disk that refuses does to a run."""
+"""The folder of a run: claimed before anything is loaded, and what a disk that refuses does to a run."""
 
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,18 +44,6 @@ def claim(output_dir: Path, *, resume: bool) -> None:
         proof.unlink()
     except OSError as error:
         raise ValueError(f"output_dir {output_dir} cannot be written ({error.strerror}); choose another") from error
-
-
-def check_cache(cache: str | None) -> None:
-    """Raises ValueError where a folder for a `TensorCache` could not be made or written to; nothing is made."""
-    if cache is None:
-        return
-    folder = Path(cache).expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"cache = {cache}: {there} is no folder; name another")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"cache = {cache}: {there} cannot be written to; name another folder")
 
 
 @contextmanager

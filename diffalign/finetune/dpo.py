@@ -50,7 +50,7 @@ from torch.nn.functional import softplus
 
 from diffalign.data import SIDES, Pair, Prompt, Side, TensorCache, image_digest, open_side, read_pairs
 from diffalign.finetune.dpo_config import DiffusionDPOConfig, FlowDPOConfig
-from diffalign.finetune.forward import denoising_error, training_level
+from diffalign.finetune.forward import errors_beside_reference, training_level
 from diffalign.finetune.trainer import TRAINERS, Row, StepFailed, Trainer
 from diffalign.laws import Level
 from diffalign.laws.prediction import noised
@@ -132,17 +132,13 @@ class PairTrainer(Trainer):
         level = half.rows(torch.arange(len(prompts), device=half.alpha.device).repeat(2))
         condition = self.policy.encode([prompt.text for prompt in prompts] * 2)
         x = noised(latents, noise, level)
-        with torch.no_grad(), self.policy.reference():
-            reference = self.policy.predict(x, level, condition)
-            reference_error = denoising_error(reference, latents, noise)
-        prediction = self.policy.predict(x, level, condition)
-        error = denoising_error(prediction, latents, noise)
-        gain = reference_error - error
-        implicit = self.beta(level).to(gain) / 2 * gain
+        error, before, distance = errors_beside_reference(
+            self.policy, lambda: self.policy.predict(x, level, condition), latents, noise
+        )
+        implicit = self.beta(level).to(error) / 2 * (before - error)
         margin = implicit[: len(prompts)] - implicit[len(prompts) :]
         loss = softplus(-margin) + self.config.sft_weight * error[: len(prompts)]
         (loss.sum() / self.training.num_prompts_per_step).backward()
-        distance = (prediction.output.detach().float() - reference.output.float()).square().flatten(1).mean(1)
         sums = {
             "loss": loss.sum(),
             "implicit_accuracy": ((margin > 0).sum() + (margin == 0).sum() / 2),

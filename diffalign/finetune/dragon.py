@@ -34,6 +34,7 @@ Departures and choices:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,11 +43,10 @@ from torch.nn.functional import softplus
 
 from diffalign.data import Prompt
 from diffalign.finetune.dragon_config import DragonConfig
-from diffalign.finetune.forward import denoising_error
+from diffalign.finetune.forward import errors_beside_reference
 from diffalign.finetune.forward_trainer import Draw, ForwardTrainer
 from diffalign.finetune.online import Part
 from diffalign.finetune.trainer import TRAINERS
-from diffalign.laws.prediction import at_least_fp32
 from diffalign.ledger import Ledger
 from diffalign.policies import Policy
 from diffalign.rewards import Reward, SetCredit, SetReward
@@ -151,16 +151,16 @@ class Dragon(ForwardTrainer):
 
     def weigh(self, parts: list[Part], prompts: Sequence[Prompt]) -> None:
         """Divide the step's samples, and count the good ones of each update over all processes."""
-        compute = self.weights
-        if self._swaps:
+        if not self._swaps:
+            labels_of_all = self.weights(self.rewards_of(parts))
+        else:
             features = [part.features[self.reward.name] for part in parts]
             width = max(each.shape[1] for each in features)  # 1 where every sample of a part failed: NaN
             every = self.gathered(torch.cat([each.expand(-1, width) for each in features]))
-            labels, values = swapped(self.reward.of_set, every)  # type: ignore[attr-defined]
-            compute = lambda _: labels  # noqa: E731
+            labels_of_all, values = swapped(self.reward.of_set, every)  # type: ignore[attr-defined]
             for part in parts:
                 part.sums |= {name: torch.tensor(value * len(part)) for name, value in values.items()}
-        found = self.by_prompt(parts, compute)
+        found = self.own(labels_of_all, parts)
         counts = torch.tensor([int((labels > 0).sum()) for labels in found], device=self.policy.device)
         counts = self.accelerator.reduce(counts, reduction="sum").tolist()
         for part, labels, count in zip(parts, found, counts, strict=True):
@@ -183,7 +183,7 @@ class Dragon(ForwardTrainer):
                 loss = (kto_loss(implicit, draw.weight, point) * counted).sum() / 2
             away = (distance * counted).sum() / 2
             ((loss + self.config.kl_weight * away) / count).backward()
-            of_sets = (implicit[draw.weight == label].sum() for label in (1, -1))
+            of_sets = ((implicit * (draw.weight == label)).sum() for label in (1, -1))
             for name, value in zip(sums, (loss, *of_sets, away), strict=True):
                 sums[name] = sums[name] + value.detach() * self.images / count
             ledger.add(Ledger(denoiser_evaluations=(4 if kto else 2) * len(counted), backward_passes=len(counted)))
@@ -200,13 +200,10 @@ class Dragon(ForwardTrainer):
 
     def implicit(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """(h (B,) with its graph, the mean square of the difference of the two predictions (B,))."""
-        with torch.no_grad(), self.policy.reference():
-            reference = self.predict(draw)
-            error = denoising_error(reference, draw.latents, draw.noise)
-        prediction = self.predict(draw)
-        gain = error - denoising_error(prediction, draw.latents, draw.noise)
-        difference = at_least_fp32(prediction.output) - at_least_fp32(reference.output)
-        return self.config.beta / 2 * gain, difference.square().flatten(1).mean(1)
+        error, before, distance = errors_beside_reference(
+            self.policy, lambda: self.predict(draw), draw.latents, draw.noise
+        )
+        return self.config.beta / 2 * (before - error), distance
 
     def draws(self, part: Part) -> Iterator[Draw]:
         """All that one update evaluates, in micro-batches; paired, the good samples come first, then each one's pair.
@@ -225,13 +222,10 @@ class Dragon(ForwardTrainer):
 
     def _together(self, part: Part, rows: Tensor, draws: Tensor, signs: Tensor) -> Draw:
         """Rows (N, 1 or 2) of a part, each at one level and with one noise, column after column."""
-        first = self.draw(part, rows[:, 0], draws, signs)
-        if rows.shape[1] == 1:
-            return first
-        both, index = rows.T.flatten(), torch.arange(len(rows), device=first.level.alpha.device).repeat(2)
-        latents = part.trajectory.latents[both].nan_to_num()  # see `draw`
-        condition = part.condition.rows(both)
-        return Draw(latents, torch.cat([first.noise] * 2), first.level.rows(index), condition, signs[both].to(latents))
+        columns = rows.shape[1]
+        drawn = self.draw(part, rows.T.flatten(), draws.repeat(columns), signs)
+        first = torch.arange(len(rows), device=drawn.noise.device).repeat(columns)
+        return replace(drawn, noise=drawn.noise[first], level=drawn.level.rows(first))
 
     def _labels(self, part: Part) -> Tensor:
         assert part.advantages is not None

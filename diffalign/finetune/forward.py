@@ -8,6 +8,8 @@ noise - x_0. The error is in these units, and the mean over elements makes it in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,24 @@ def denoising_error(prediction: Prediction, latents: Tensor, noise: Tensor) -> T
     else:
         target = latents if kind == "sample" else noise - latents
     return (at_least_fp32(prediction.output) - target).square().flatten(1).mean(1)
+
+
+def errors_beside_reference(
+    policy: Policy, predict: Callable[[], Prediction], latents: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a preference loss is made of: denoising errors of the policy and of its reference, the adapter off.
+
+    Args:
+        policy: whose adapter is switched.
+        predict: evaluates it on the noised latents; called twice.
+        latents: as of `denoising_error`, like the noise.
+        noise: likewise.
+
+    Returns:
+        (B,) each: the policy's error with its graph, the reference's, and the square distance of the two predictions.
+    """
+    with torch.no_grad(), policy.reference():
+        reference = predict()
+        before = denoising_error(reference, latents, noise)
+    prediction = predict()
+    return denoising_error(prediction, latents, noise), before, prediction.square_distance(reference)

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from diffalign.finetune.config import METHODS
-from diffalign.finetune.online_config import OnlineConfig
+from diffalign.finetune.online_config import Advantage, OnlineConfig
+
+Levels = Annotated[
+    Literal["uniform", "schedule"],
+    Field(
+        description="that samples are noised to: any of pre-training, uniformly; or those that the sampler evaluates"
+    ),
+]
+TimestepsPerSample = Annotated[
+    PositiveInt,
+    Field(description="levels, each with a noise of its own, at which a sample is trained on in one update"),
+]
+KLWeight = Annotated[
+    float,
+    Field(
+        ge=0,
+        description="weight of the mean square of the difference of the predictions of policy and reference at the "
+        "trained levels",
+    ),
+]
 
 
 class ForwardConfig(OnlineConfig):
@@ -20,19 +39,9 @@ class ForwardConfig(OnlineConfig):
         "1: see the page on training on final samples before you raise it",
     )
     eta: float = Field(0.0, ge=0, description="DDIM's eta, for a flow the noise level a of the flow SDE; 0: the ODE")
-    levels: Literal["uniform", "schedule"] = Field(
-        "uniform",
-        description="that samples are noised to: any of pre-training, uniformly; or those that the sampler evaluates",
-    )
-    timesteps_per_sample: PositiveInt = Field(
-        1, description="levels, each with a noise of its own, at which a sample is trained on in one update"
-    )
-    kl_weight: float = Field(
-        0.0,
-        ge=0,
-        description="weight of the mean square of the difference of the predictions of policy and reference at the "
-        "trained levels",
-    )
+    levels: Levels = "uniform"
+    timesteps_per_sample: TimestepsPerSample = 1
+    kl_weight: KLWeight = 0.0
 
 
 class RAFTConfig(ForwardConfig):
@@ -66,23 +75,11 @@ class NFTConfig(ForwardConfig):
 
     name: Literal["nft"] = "nft"
     num_inference_steps: PositiveInt = 10
-    levels: Literal["uniform", "schedule"] = Field(
-        "schedule",
-        description="that samples are noised to: any of pre-training, uniformly; or those that the sampler evaluates",
-    )
-    timesteps_per_sample: PositiveInt = Field(
-        10, description="levels, each with a noise of its own, at which a sample is trained on in one update"
-    )
-    kl_weight: float = Field(
-        1e-4,
-        ge=0,
-        description="weight of the mean square of the difference of the predictions of policy and reference at the "
-        "trained levels",
-    )
+    levels: Levels = "schedule"
+    timesteps_per_sample: TimestepsPerSample = 10
+    kl_weight: KLWeight = 1e-4
     beta: float = Field(1.0, gt=0, description="how far from the old prediction the implicit policies are taken")
-    advantage: Literal["group", "group_mean", "rloo", "rank", "global_std", "batch"] = Field(
-        "global_std", description="see `diffalign.finetune.advantages`"
-    )
+    advantage: Advantage = "global_std"
     max_advantage: float = Field(5.0, gt=0, description="the advantage at which a sample is optimal with probability 1")
     old_decay: float = Field(0.5, ge=0, lt=1, description="most that the old policy keeps of itself in a training step")
     old_decay_rate: float = Field(0.001, ge=0, description="what it keeps more with each optimiser update, from 0 on")

@@ -31,7 +31,7 @@ from diffalign.finetune.forward import denoising_error, training_level
 from diffalign.finetune.forward_config import ForwardConfig
 from diffalign.finetune.online import OnlineTrainer, Part
 from diffalign.laws import Level, Prediction, default_law
-from diffalign.laws.prediction import at_least_fp32, noised
+from diffalign.laws.prediction import noised
 from diffalign.ledger import Ledger
 from diffalign.noise import normal, uniform
 from diffalign.policies import Condition, Policy
@@ -112,7 +112,8 @@ class ForwardTrainer(OnlineTrainer):
 
     def weigh(self, parts: list[Part], prompts: Sequence[Prompt]) -> None:
         """Turn the step's rewards to weights."""
-        for part, weights in zip(parts, self.by_prompt(parts, self.weights), strict=True):
+        weights_of_all = self.weights(self.rewards_of(parts))
+        for part, weights in zip(parts, self.own(weights_of_all, parts), strict=True):
             part.advantages = weights
 
     def minimise(self, part: Part) -> tuple[dict[str, Tensor], Ledger]:
@@ -170,12 +171,12 @@ class ForwardTrainer(OnlineTrainer):
         found, reference = {}, None
         if self.config.kl_weight:
             with torch.no_grad(), self.policy.reference():
-                reference = at_least_fp32(self.predict(draw).output)
+                reference = self.predict(draw)
         prediction = self.predict(draw)
         loss = self.loss(prediction, draw)
         total = torch.where(shares.to(loss) > 0, loss, 0.0).sum()
         if reference is not None:
-            distance = (at_least_fp32(prediction.output) - reference).square().flatten(1).mean(1)
+            distance = prediction.square_distance(reference)
             found["prediction_mse"] = (shares.to(distance) * distance).sum()
             total = total + self.config.kl_weight * found["prediction_mse"]
         (total / (self.images * self.config.timesteps_per_sample)).backward()

@@ -165,15 +165,15 @@ class OnlineTrainer(Trainer):
         value = score.value.double().masked_fill(~score.valid, math.nan).cpu()
         return value, reward_sums(score)
 
-    def by_prompt(self, parts: list[Part], compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """A function of the rewards (P, G) of all processes, in the order of the step's prompts, to (P, G).
+    def rewards_of(self, parts: list[Part]) -> Tensor:
+        """The rewards (P, G) of all processes, in the order of the step's prompts; on every process the same."""
+        return self.gathered(torch.cat([part.rewards for part in parts]))
 
-        Every process computes it for all, and has back what belongs to its own parts, (B,) each.
-        """
+    def own(self, values: Tensor, parts: list[Part]) -> list[Tensor]:
+        """Of values (P, G) of all processes what belongs to this one's parts, (B,) each."""
         group, world = self.training.group_size, self.accelerator.num_processes
-        ordered = self.gathered(torch.cat([part.rewards for part in parts]))
-        own = compute(ordered).reshape(-1, world, group)[:, self.accelerator.process_index].flatten()
-        return list(own.split([len(part) for part in parts]))
+        mine = values.reshape(-1, world, group)[:, self.accelerator.process_index].flatten()
+        return list(mine.split([len(part) for part in parts]))
 
     def gathered(self, values: Tensor) -> Tensor:
         """What each process knows of its samples, (B, ...), of all of them, (P, G, ...) float64 on the host.

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field, PositiveInt
 
 from diffalign.settings import EVERY_STEP, GuidanceInterval, Settings
+
+Advantage = Annotated[
+    Literal["group", "group_mean", "rloo", "rank", "global_std", "batch"],
+    Field(description="see `diffalign.finetune.advantages`"),
+]
 
 
 class OnlineConfig(Settings):

@@ -80,9 +80,9 @@ class PolicyGradient(TrajectoryTrainer):
     def weigh(self, parts: list[Part], prompts: Sequence[Prompt]) -> None:
         """Turn the step's rewards to advantages."""
         most = self.config.max_advantage
-        found = self.by_prompt(parts, lambda rewards: self.advantages(rewards, prompts).nan_to_num(0.0))
-        for part, advantages in zip(parts, found, strict=True):
-            part.advantages = advantages.clamp(-most, most)
+        advantages = self.advantages(self.rewards_of(parts), prompts).nan_to_num(0.0).clamp(-most, most)
+        for part, own in zip(parts, self.own(advantages, parts), strict=True):
+            part.advantages = own
 
     def minimise(self, part: Part) -> tuple[dict[str, Tensor], Ledger]:
         """One evaluation with gradient for each step and sample that has an advantage, or is held to the reference."""
@@ -94,23 +94,31 @@ class PolicyGradient(TrajectoryTrainer):
         names += ("chi2",) if self.config.chi2_weight else ()
         sums, ledger = dict.fromkeys(names, zero), Ledger()
         advantages = part.advantages.to(zero)
-        all_needed = self.regularised or self.policy.blocks_are_sharded
-        kept = (torch.ones_like(part.advantages) if all_needed else part.advantages).nonzero().flatten()
-        rounded = self.on_policy and len(kept) < len(part)
+        needed = part.advantages.ne(0) | (self.regularised or self.policy.blocks_are_sharded)
+        whole, count = bool(needed.all()), int(needed.sum())
+        kept = slice(None) if whole else needed.nonzero().flatten()
+        trajectory, condition = part.trajectory.rows(kept), part.condition.rows(kept)
         later = torch.zeros_like(advantages)  # what the steps after this one cost
         for step in reversed(steps):
             # Given that this step is trained, each later one is with the probability (n - 1) / (N - 1).
             charged = advantages - self._about_others(later) * (noisy - 1) / max(len(steps) - 1, 1)
-            cost = self.policy.evaluations_per_prediction(self.scale(step))
-            for rows in kept.split(self.rows_at_once(len(part))) if len(kept) else ():
-                found = self._step(part.trajectory.rows(rows), part.condition.rows(rows), step, charged[rows], rounded)
+            cost = self.policy.evaluations_per_prediction(self.scale(step)) * count
+            for rows in self.micro_batches(count):
+                found = self._step(
+                    trajectory.rows(rows),
+                    condition.rows(rows),
+                    step,
+                    charged[kept][rows],
+                    rounded=self.on_policy and not whole,
+                )
                 (found["loss"].sum() / (self.images * len(steps))).backward()
-                later[rows] += found["cost"]
+                if self.regularised:  # and so all are kept
+                    later[rows] += found["cost"]
                 sums = {name: value + found[name].detach().sum() / len(steps) for name, value in sums.items()}
-                ledger.denoiser_evaluations += len(rows) * cost * (2 if self.regularised else 1)
-                ledger.backward_passes += len(rows) * cost
+            ledger.denoiser_evaluations += cost * (2 if self.regularised else 1)
+            ledger.backward_passes += cost
         for name in ("ratio", "clip_fraction"):  # of what was evaluated
-            sums[name] = sums[name] * len(part) / max(len(kept), 1)
+            sums[name] = sums[name] * len(part) / max(count, 1)
         return sums | {"zero_variance": flat.sum() * self.training.group_size}, ledger
 
     def _about_others(self, costs: Tensor) -> Tensor:
@@ -119,7 +127,7 @@ class PolicyGradient(TrajectoryTrainer):
         return costs if group == 1 else rloo(costs.reshape(-1, group)).flatten()
 
     def _step(
-        self, trajectory: Trajectory, condition: Condition, step: int, advantage: Tensor, rounded: bool
+        self, trajectory: Trajectory, condition: Condition, step: int, advantage: Tensor, *, rounded: bool
     ) -> dict[str, Tensor]:
         """(B,) each: the loss at one step, with its graph, what is reported, and what its divergence costs.
 

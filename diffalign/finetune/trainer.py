@@ -160,7 +160,7 @@ class Trainer:
 
     def micro_batches(self, count: int) -> Iterator[slice]:
         """The rows of `count` images in parts that are evaluated together."""
-        size = self.rows_at_once(count)
+        size = max(1, self.rows_at_once(count))
         for start in range(0, count, size):
             yield slice(start, min(start + size, count))
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from diffalign.finetune.config import METHODS
-from diffalign.finetune.online_config import OnlineConfig
+from diffalign.finetune.online_config import Advantage, OnlineConfig
 from diffalign.settings import StepNoise
 
 
@@ -28,9 +28,7 @@ class TrajectoryConfig(OnlineConfig):
 class PolicyGradientConfig(TrajectoryConfig):
     """What the clipped policy gradients share."""
 
-    advantage: Literal["group", "group_mean", "rloo", "rank", "global_std", "batch"] = Field(
-        "group", description="see `diffalign.finetune.advantages`"
-    )
+    advantage: Advantage = "group"
     max_advantage: float = Field(5.0, gt=0, description="advantages are clipped to [-this, this]")
     clip_range: float = Field(1e-4, gt=0, description="of a step's ratio, whose logarithm is in `reduction`'s unit")
     kl_weight: float = Field(

@@ -29,7 +29,7 @@ class Categorical:
         """Put the rows of all parts in one batch."""
         return cls(torch.cat([part.log_probs for part in parts]))
 
-    def rows(self, index: slice) -> "Categorical":
+    def rows(self, index: slice | Tensor) -> "Categorical":
         """Select rows."""
         return type(self)(self.log_probs[index])
 

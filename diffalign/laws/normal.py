@@ -33,7 +33,7 @@ class Normal:
         """Put the rows of all parts in one batch."""
         return cls(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
 
-    def rows(self, index: slice) -> "Normal":
+    def rows(self, index: slice | Tensor) -> "Normal":
         """Select rows."""
         return Normal(self.mean[index], self.std[index])
 

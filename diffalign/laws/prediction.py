@@ -55,6 +55,10 @@ class Prediction:
         """(B, ...) noise - x_0, the direction of growing noise of a flow."""
         return self._terms[0] if self.kind == "velocity" else self.noise - self.x0
 
+    def square_distance(self, other: "Prediction") -> Tensor:
+        """(B,) mean over elements of the squared difference of the two outputs, which mean the same."""
+        return (at_least_fp32(self.output) - at_least_fp32(other.output)).square().flatten(1).mean(1)
+
     @property
     def _terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output, x = at_least_fp32(self.output), at_least_fp32(self.x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -33,7 +33,13 @@ class SetRecipe(EncoderRecipe):
 
 
 class ExemplarsRecipe(SetRecipe):
-    """What is compared with exemplars, which are images in a folder or captions in a file."""
+    """What is compared with exemplars, which are images in a folder or captions in a file.
+
+    Attributes:
+        kind: of reward that `build` makes.
+    """
+
+    kind: ClassVar[type[FrechetReward | CMMDReward]]
 
     exemplars: str | None = Field(None, description="a folder (relative to this file) of images")
     captions: str | None = Field(
@@ -46,6 +52,11 @@ class ExemplarsRecipe(SetRecipe):
         if (self.exemplars is None) == (self.captions is None):
             raise ValueError("name either exemplars, a folder of images, or captions, a file of texts")
         return self
+
+    def build(self, folder: Path) -> Reward:
+        """A `SetCredit` of its kind."""
+        network = self.network(folder)
+        return SetCredit(self.kind(self.reference(network, folder), network.image_features, self.name), network)
 
     def reference(self, network: Any, folder: Path) -> Tensor:
         """Features (M, D) of the exemplars.
@@ -84,11 +95,7 @@ def image_files(folder: Path) -> list[Path]:
 class FrechetRecipe(ExemplarsRecipe):
     """Minus the Frechet distance of a set to the exemplars."""
 
-    def build(self, folder: Path) -> Reward:
-        """A `SetCredit` of a `FrechetReward`."""
-        network = self.network(folder)
-        reward = FrechetReward(self.reference(network, folder), network.image_features, self.name)
-        return SetCredit(reward, network)
+    kind = FrechetReward
 
 
 @REWARD_TYPES.register("kid")
@@ -110,11 +117,7 @@ def _scaled(features: Tensor) -> Tensor:
 class CMMDRecipe(ExemplarsRecipe):
     """Minus 1000 times the Gaussian MMD^2 of a set to the exemplars."""
 
-    def build(self, folder: Path) -> Reward:
-        """A `SetCredit` of a `CMMDReward`."""
-        network = self.network(folder)
-        reward = CMMDReward(self.reference(network, folder), network.image_features, self.name)
-        return SetCredit(reward, network)
+    kind = CMMDReward
 
 
 @REWARD_TYPES.register("vendi")

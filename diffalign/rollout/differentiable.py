@@ -71,7 +71,7 @@ def _sample(chain: Chain, plan: Plan, guidance: Guidance, checkpoint: bool, refe
         step = None if i == plan.stop else chain.transition(i, prediction)
         if reference and i in plan.graded:
             anchor = _reference(chain, i, x)
-            squares.append(_mean_square(prediction, anchor))
+            squares.append(prediction.square_distance(anchor))
             if step is not None and chain.stochastic[i]:
                 divergences.append(step.kl(chain.transition(i, anchor), "sum", validate=False))
         x = prediction.x0 if step is None else chain.next(i, step)
@@ -80,7 +80,7 @@ def _sample(chain: Chain, plan: Plan, guidance: Guidance, checkpoint: bool, refe
         state = chain.renoise(last, x.detach(), draw)
         prediction = _predict_planned(chain, last, state, plan, guidance, checkpoint)
         if reference:
-            squares.append(_mean_square(prediction, _reference(chain, last, state)))
+            squares.append(prediction.square_distance(_reference(chain, last, state)))
         results.append(prediction.x0)
     result.latents = torch.cat(results)
     result.prediction_mse = torch.stack(squares).mean(0) if squares else None
@@ -114,11 +114,6 @@ def _predict_planned(chain: Chain, i: int, x: Tensor, plan: Plan, guidance: Guid
             recompute(output, state, use_reentrant=False, preserve_rng_state=False) if checkpoint else output(state)
         )
     return Prediction(evaluated, x, chain.level(i), chain.policy.prediction_kind())
-
-
-def _mean_square(prediction: Prediction, anchor: Prediction) -> Tensor:
-    """Mean over elements of the squared difference of two outputs, (B,)."""
-    return (prediction.output - anchor.output).square().flatten(1).mean(1)
 
 
 def _reference(chain: Chain, i: int, x: Tensor) -> Prediction:

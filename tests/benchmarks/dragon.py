@@ -41,10 +41,14 @@ DRAWS, SHOWN = 1000, 12
 
 
 def train(name, seed, out, overrides):
-    """The folder of a finished run."""
+    """The folder of a finished run; SystemExit for one that was made with other settings."""
     folder = out / f"{name}-{seed}"
+    settings = [f"seed={seed}", f"output_dir={folder}", "evaluation.num_test_prompts=64", *overrides]
+    if (folder / "config.yaml").exists():
+        asked, made = load_recipe(f"{PIPELINE}-{name}", settings), load_recipe(folder / "config.yaml")
+        if asked.model_dump(exclude={"resume_from_checkpoint"}) != made.model_dump(exclude={"resume_from_checkpoint"}):
+            raise SystemExit(f"{folder} was made with other settings: give another --out")
     if not (folder / "report.html").exists():
-        settings = [f"seed={seed}", f"output_dir={folder}", "evaluation.num_test_prompts=64", *overrides]
         resume = ["resume_from_checkpoint=latest"] if (folder / "metrics.jsonl").exists() else []
         command = [sys.executable, "-m", "diffalign", "train", f"{PIPELINE}-{name}"]
         subprocess.run([*command, *settings, *resume], check=True)

@@ -7,13 +7,11 @@ With r(x_0) = x_0 the soft value by backward recursion is V_s(x) = g_s x + const
 d mean_t / d x_t, and the optimum of E[r] - beta sum_t KL_t moves the mean of each step by std_t^2 g_s / beta.
 """
 
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 
 from diffalign.laws import Level, Prediction, diffusion_schedule, flow_schedule
-from diffalign.policies import Condition, Policy
+from tests.finetune.exact_policy import ExactPolicy
 
 
 class Biases(nn.Module):
@@ -24,19 +22,15 @@ class Biases(nn.Module):
         self.bias = nn.Parameter(torch.zeros(steps))
 
 
-class GaussianPolicy(Policy):
+class GaussianPolicy(ExactPolicy):
     """See the file; `kind` is that of the schedule."""
 
-    pipeline_class, denoiser_name = "none", "biases"
-    patch_size = 1
+    denoiser_name = "biases"
 
     def __init__(self, kind="diffusion", steps=5, side=1):
         self.side = side
         self.biases, self.kind, self.steps, self.adapter = Biases(steps), kind, steps, True
         self.pipe, self.dtype, self._called = self, torch.float32, None
-
-    def check(self):
-        pass
 
     def schedule(self, num_inference_steps, height=None, width=None):
         if self.kind == "flow":
@@ -45,20 +39,8 @@ class GaussianPolicy(Policy):
         cumulative = torch.linspace(0.9999, 0.001, 1000, dtype=torch.float64)
         return diffusion_schedule(cumulative, torch.linspace(999, 99, self.steps).long(), None, 1.0)
 
-    def prediction_kind(self):
-        return "sample"
-
-    def encode(self, prompts):
-        return Condition({"none": torch.zeros(len(prompts), 1)})
-
-    def encode_one(self, prompt):
-        return self.encode([prompt])
-
     def latent_shape(self, height=None, width=None):
         return 1, self.side, self.side
-
-    def evaluate(self, x, timestep, condition):
-        raise NotImplementedError
 
     def predict(self, x, level: Level, condition, guidance_scale=1.0, guidance="pipeline"):
         alpha, sigma = (each.reshape(-1, 1, 1, 1).to(x) for each in (level.alpha, level.sigma))
@@ -77,17 +59,6 @@ class GaussianPolicy(Policy):
 
     def trainable(self):
         return {"bias": self.biases.bias}
-
-    def set_gradient_checkpointing(self, enabled):
-        pass
-
-    @contextmanager
-    def reference(self):
-        self.adapter = False
-        try:
-            yield
-        finally:
-            self.adapter = True
 
 
 class AffinePolicy(GaussianPolicy):

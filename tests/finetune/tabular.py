@@ -7,13 +7,12 @@ not reach the optimum. States travel through the rollouts as float64 "latents" o
 """
 
 import itertools
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from diffalign.laws import Categorical, Law, Level, MaskedDiffusion, Prediction, flow_schedule
-from diffalign.policies import Condition, Policy
+from tests.finetune.exact_policy import ExactPolicy
 
 WORDS, LENGTH, STEPS = 3, 2, 3
 MASK = WORDS
@@ -92,39 +91,24 @@ class Table(nn.Module):
         self.table = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
 
 
-class TabularPolicy(Policy):
+class TabularPolicy(ExactPolicy):
     """log p(y | x) at a step = log base(y | x) + table(x, y), normalised; everything in float64."""
 
-    pipeline_class, denoiser_name, patch_size = "none", "module", 1
+    denoiser_name = "module"
 
     def __init__(self, base=None):
         self.base = masked_chain() if base is None else base
         self.module, self.adapter, self.pipe = Table(self.base.shape), True, self
         self.dtype, self._called = torch.float64, None
 
-    def check(self):
-        pass
-
     def schedule(self, num_inference_steps, height=None, width=None):
         return _schedule()
-
-    def prediction_kind(self):
-        return "sample"
-
-    def encode(self, prompts):
-        return Condition({"none": torch.zeros(len(prompts), 1)})
-
-    def encode_one(self, prompt):
-        return self.encode([prompt])
 
     def latent_shape(self, height=None, width=None):
         return 1, 1, 1
 
     def initial_latents(self, noise):
         return torch.full_like(noise, START)
-
-    def evaluate(self, x, timestep, condition):
-        raise NotImplementedError
 
     def log_probs(self):
         """(N, S, S), as the adapter is now."""
@@ -139,17 +123,6 @@ class TabularPolicy(Policy):
 
     def trainable(self):
         return {"table": self.module.table}
-
-    def set_gradient_checkpointing(self, enabled):
-        pass
-
-    @contextmanager
-    def reference(self):
-        self.adapter = False
-        try:
-            yield
-        finally:
-            self.adapter = True
 
 
 def reward_of(values):

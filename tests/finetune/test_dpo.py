@@ -14,6 +14,7 @@ from diffalign.finetune import DiffusionDPO, FlowDPO
 from diffalign.finetune.trainer import StepFailed
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
+from tests.finetune.tiny_training import gradient, perturb
 
 TEXTS = ["a b", "c d", "e", "f g h"]
 PAIRS = [Pair(Prompt(text, 10 + i), b"", b"", f"row {i}") for i, text in enumerate(TEXTS)]
@@ -30,17 +31,6 @@ def trainer(make=tiny_sd, method=DiffusionDPO, pairs=PAIRS, dtype=torch.float32,
     table = {p.id: torch.randn(2, *shape, generator=generator, dtype=policy.state_dtype) for p in t.prompts}
     t.latents = lambda prompts: torch.stack([table[p.id] for p in prompts])
     return t
-
-
-def perturb(policy):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.trainable().values():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-
-
-def gradient(t):
-    return torch.cat([p.grad.flatten() for p in t.parameters])
 
 
 def by_diffusers(t, x0, noise, at, prompt):

@@ -15,13 +15,10 @@ from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rewards import SetCredit, as_reward
 from diffalign.rewards.sets import FrechetReward, SetReward, VendiReward
+from tests.finetune.tiny_training import gradient, perturb, redness
 
 PROMPTS = ["a red circle", "a blue cube"]
 COMMON = {"num_inference_steps": 3, "guidance_scale": 2.0, "num_prompts_per_step": 2, "group_size": 4, "beta": 20.0}
-
-
-def redness(images, prompts, metadata):
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
 def colours(images):
@@ -38,17 +35,6 @@ def trainer(make=tiny_sd, reward=redness, dtype=torch.float32, **settings):
     policy = Policy.wrap(make(dtype))
     policy.add_lora(rank=2, alpha=2)
     return Dragon(policy, reward, **COMMON | settings)
-
-
-def perturb(policy):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.trainable().values():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-
-
-def gradient(t):
-    return torch.cat([p.grad.flatten() for p in t.parameters])
 
 
 def collected(t):

@@ -15,6 +15,7 @@ from diffalign.noise import normal, uniform
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.policies.tiny_families import tiny_flux
+from tests.finetune.tiny_training import gradient, perturb, redness
 
 TEXTS = ["a red circle", "a blue cube"]
 PROMPTS = [Prompt(text, 7 + i) for i, text in enumerate(TEXTS)]
@@ -27,10 +28,6 @@ METHODS = {
 CLOCKS = {"seconds", "peak_memory_bytes", "samples_per_s"}
 
 
-def redness(images, prompts, metadata):
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-
-
 def trainer(name, make=tiny_sd, reward=redness, dtype=torch.float32, scheduler=None, **settings):
     method, own = METHODS[name]
     policy = Policy.wrap(make(dtype, **(scheduler or {})))
@@ -38,22 +35,11 @@ def trainer(name, make=tiny_sd, reward=redness, dtype=torch.float32, scheduler=N
     return method(policy, reward, **COMMON | own | settings)
 
 
-def perturb(policy, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in policy.trainable().values():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p))
-
-
 def collected(t, prompts=PROMPTS):
     """The samples of a step, weighed."""
     part, _ = t.collect(prompts)
     t.weigh([part], prompts)
     return part
-
-
-def gradient(t):
-    return torch.cat([p.grad.flatten() for p in t.parameters])
 
 
 def minimised(t, part):

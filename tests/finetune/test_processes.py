@@ -30,36 +30,19 @@ def test_two_processes_equal_one_with_both_batches(tmp_path, two):
 
 @pytest.mark.verify
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["ddpo", "prdp"])
-def test_two_processes_equal_one_on_recorded_trajectories(tmp_path, method):
-    """Advantages by the history of all processes, and pairs counted over them, where they have not equally many."""
+@pytest.mark.parametrize("method", ["ddpo", "prdp", "raft", "nft", "dragon", "dragon_kto"])
+def test_two_processes_equal_one_on_their_own_samples(tmp_path, method):
+    """Advantages by the history of all processes, pairs counted and weights made over them, where they have not equally
+    many. DRAGON's set is that of both, swapped in the order of the prompts, and KTO's z is of all."""
     two = launch(tmp_path / "two", 2, method)
     assert_one(two, launch(tmp_path / "one", 1, method))
     if method == "ddpo":
         kept = [two[0][f"history/{number}"] for number in range(4)]
         assert [len(rewards) for rewards in kept] == [6, 6, 6, 0]  # every score of the last failed
         assert min(float(rewards.std()) for rewards in kept[:3]) > 1e-3
-
-
-@pytest.mark.verify
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["raft", "nft"])
-def test_two_processes_equal_one_on_final_samples(tmp_path, method):
-    """Weights by the rewards of all processes, of which one has a prompt that trains on nothing."""
-    two = launch(tmp_path / "two", 2, method)
-    assert_one(two, launch(tmp_path / "one", 1, method))
     if method == "nft":
         old = {name: tensor for name, tensor in two[0].items() if name.startswith("old/")}
         assert any(not torch.equal(tensor, two[0][name.removeprefix("old/")]) for name, tensor in old.items())
-
-
-@pytest.mark.verify
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["dragon", "dragon_kto"])
-def test_two_processes_equal_one_on_sets(tmp_path, method):
-    """The set is that of both, its samples are swapped in the order of the prompts, and KTO's z is of all."""
-    two = launch(tmp_path / "two", 2, method)
-    assert_one(two, launch(tmp_path / "one", 1, method))
 
 
 @pytest.mark.slow
@@ -81,8 +64,10 @@ def assert_one(two, one):
     assert first.keys() == second.keys() == one.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
-        # Sums of float32 in another order; Adam's first steps divide by the gradient's own size.
-        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=2e-6, msg=name)
+        # Sums of float32 in another order; Adam's first steps divide by the gradient's own size. The next gradient is
+        # as exact as its largest entries: of small ones, large terms have cancelled.
+        atol = 5e-4 * float(one[name].abs().max()) if name.startswith("gradient/") else 2e-6
+        torch.testing.assert_close(tensor, one[name], rtol=1e-3, atol=atol, msg=name)
 
 
 def compare(whole, sharded):

@@ -8,6 +8,7 @@ import torch
 from diffalign.finetune import DDPO, RWR, FlowGRPO
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
+from tests.finetune.tiny_training import perturb
 
 
 def redness(images, prompts, metadata):
@@ -17,10 +18,7 @@ def redness(images, prompts, metadata):
 def policy_off_its_base(make):
     policy = Policy.wrap(make())
     policy.add_lora(rank=2, alpha=6)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.trainable().values():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    perturb(policy)
     return policy
 
 

@@ -12,12 +12,9 @@ from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rewards import Lagrangian, as_reward
 from diffalign.rollout import differentiable_rollout
+from tests.finetune.tiny_training import perturb, redness
 
 PROMPTS = ["a red circle", "a blue cube", "a green star", "a red circle"]
-
-
-def redness(images, prompts, metadata):
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
 def trainer(make=tiny_sd, reward=redness, **settings):
@@ -26,14 +23,6 @@ def trainer(make=tiny_sd, reward=redness, **settings):
     policy = Policy.wrap(make())
     policy.add_lora(rank=2, alpha=2)
     return RewardBackprop(policy, reward, **settings)
-
-
-def perturb(policy):
-    """Moves the adapter off its zero initialisation, where half of its gradients vanish."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.trainable().values():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
 
 def gradient(make=tiny_sd, **settings):

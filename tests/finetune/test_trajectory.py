@@ -14,6 +14,7 @@ from diffalign.finetune.prdp import prdp_loss
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.rollout import log_probs
+from tests.finetune.tiny_training import redness
 
 PROMPTS = ["a red circle", "a blue cube"]
 COMMON = {"num_inference_steps": 4, "guidance_scale": 2.0, "num_prompts_per_step": 2, "group_size": 3}
@@ -29,10 +30,6 @@ METHODS = {
     "prdp": (PRDP, tiny_sd, {"beta": 0.1, "clip_range": 1e-3}),
     "prdp of a flow": (PRDP, tiny_sd3, {"beta": 0.1, "clip_range": 1e-3, "num_inner_epochs": 2}),
 }
-
-
-def redness(images, prompts, metadata):
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
 def trainer(name, reward=redness, **settings):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from diffalign.registry import leads_out
 from diffalign.scoring.items import Item, file_item
 
 LABELS = "preference"
@@ -52,8 +53,7 @@ class Preferences:
         index = self._known.setdefault((name, prompt), len(self.items))
         if index == len(self.items):
             item = file_item(root / name, prompt, {})
-            leaves = PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts
-            self.items.append(replace(item, problem="leads out of the folder") if leaves else item)
+            self.items.append(replace(item, problem="leads out of the folder") if leads_out(name) else item)
         return index
 
 
