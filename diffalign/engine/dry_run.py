@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffalign.settings import Settings
 
 STEPS = 2
-FEW = 2  # prompts of a step, of validation and of the test
+FEW = 2  # prompts of a minibatch, of validation and of the test
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -119,14 +119,16 @@ def reduced(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     heldout = [names.get(name, name) for name in recipe.rewards.heldout]
     evaluation = {"num_validation_prompts": FEW, "num_test_prompts": FEW, "validation_steps": STEPS}
     evaluation["num_images_per_prompt"] = min(recipe.evaluation.num_images_per_prompt, 2)
+    method = reduced_method(recipe, folder, unchecked)
+    of_step = FEW * getattr(method, "num_minibatches", 1)  # a reward of sets asks for some samples in each minibatch
     changes = {
         "pipeline": recipe.pipeline.model_copy(update=pipeline),
         "adapter": recipe.adapter.model_copy(update={"path": None}),
         "rewards": recipe.rewards.model_copy(update={"train": terms, "heldout": heldout}),
         "evaluation": recipe.evaluation.model_copy(update=evaluation),
-        "method": reduced_method(recipe, folder, unchecked),
+        "method": method,
         "optimizer": optimizer,
-        "num_prompts_per_step": min(recipe.num_prompts_per_step, FEW),
+        "num_prompts_per_step": min(recipe.num_prompts_per_step, of_step),
         "group_size": min(recipe.group_size, 4),
         "max_train_steps": STEPS,
         "output_dir": str(folder / "run"),

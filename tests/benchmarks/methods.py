@@ -8,10 +8,10 @@ goes on from its checkpoint, and a finished one is not run again. Everything is 
 guidance; there is no warm-up, which would spend samples at a rate near 0. The test prompts are read once, at the end of
 a job, with two images each.
 
-Every method has 8,192 scored samples; denoiser evaluations and time are told beside them. Methods on pairs have the
-best and the worst of four for each of 512 prompts, four times; training on the best of n has the best of 16 for each of
-512 prompts, drawn once from the base. Best-of-n spends the budget on the test images themselves, each of 256 prompts
-twice; with guidance an image costs twice the evaluations, so there are half as many.
+Every method has 4,096 scored samples; denoiser evaluations and time are told beside them. Methods on pairs have the
+best and the worst of four for each of 512 prompts, twice; training on the best of n has the best of 8 for each of 512
+prompts, drawn once from the base. Best-of-n spends the budget on the test images themselves, each of 256 prompts twice;
+with guidance an image costs twice the evaluations, so there are half as many.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from diffalign.laws import default_law
 from diffalign.rollout import rollout, transition
 from tests.benchmarks.methods_tables import tables
 
-PROMPTS, IMAGES, N = 256, 2, 16
+PROMPTS, IMAGES, N = 256, 2, 8
 REWARD_CALLS = PROMPTS * IMAGES * N
 PAIR_PROMPTS, OF_PAIR = 512, 4
 STEPS = 6

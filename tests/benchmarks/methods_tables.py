@@ -1,8 +1,13 @@
-"""What `tests.benchmarks.methods` measured, as tables."""
+"""What `tests.benchmarks.methods` measured, as tables.
+
+Differences are paired over prompts, each the mean of its images and seeds: over the base on the same seeds, and in the
+reward also over training on the best of n, where the method has the same seeds.
+"""
 
 import numpy as np
 
 JUDGES = {"shapes-clip": ("reward", 1, 3), "shapes-preference": ("held-out", 1, 2), "shapes-oracle": ("oracle", 100, 1)}
+SFT = {"shapes-sd": "sft_best_of_n", "shapes-sd3": "flow_sft_best_of_n"}
 
 
 def of_prompts(files, judge):
@@ -25,14 +30,16 @@ def tables(files):
             if each["pipeline"] == pipeline:
                 groups.setdefault(each["name"], []).append(each)
         heads = [head for head, *_ in JUDGES.values()]
-        columns = [pipeline, "seeds", *heads, "diversity", "KL, nats", "reward calls", "evaluations", "minutes"]
+        costs = ["reward calls", "evaluations", "minutes"]
+        columns = [pipeline, "seeds", *heads, "reward over SFT", "diversity", "KL, nats", *costs]
         print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
         for name, found in groups.items():
-            print(f"| {' | '.join([name, *row(found, groups[f'base of {pipeline}'])])} |")
+            beside = groups[f"base of {pipeline}"], groups.get(SFT[pipeline], [])
+            print(f"| {' | '.join([name, *row(found, *beside)])} |")
 
 
-def row(found, base):
-    """The cells of a method."""
+def row(found, base, tuned):
+    """The cells of a method, beside the base and the training on the best of n."""
     seeds = {each["seed"] for each in found}
     same = [each for each in base if each["seed"] in seeds]
     cells = [str(len(seeds))]
@@ -40,6 +47,11 @@ def row(found, base):
         own = of_prompts(found, judge)
         told = "" if found is base else f" ({paired(own, of_prompts(same, judge), scale, digits)})"
         cells.append(f"{scale * own.mean():.{digits}f}{told}")
+    rivals = [each for each in tuned if each["seed"] in seeds]
+    if found is tuned or len(rivals) < len(found):
+        cells.append("")
+    else:
+        cells.append(paired(*(of_prompts(files, "shapes-clip") for files in (found, rivals)), 1, 3))
     cells.append(f"{np.mean([np.mean(each['diversity']) for each in found]):.3f}")
     costs = [each["cost"] for each in found]
     cells.append(f"{np.mean([each['kl'] for each in found]):.1f}" if "kl" in found[0] else "")

@@ -33,8 +33,11 @@ def test_differences_are_paired_by_prompt_and_seed():
         return {"scores": dict.fromkeys(judges, values.tolist()), "diversity": [0.25], "seed": seed, "cost": cost}
 
     before = [of(base, 0), of(base + 9, 1)]
-    cells = row([of(base + shift, 0)], before)
+    tuned = [of(base - shift, 0)]
+    cells = row([of(base + shift, 0)], before, [*tuned, of(base, 1)])
     half = 1.96 * shift.std(ddof=1) / 8
     assert cells[1] == f"{(base + shift).mean():.3f} (+0.200 ± {half:.3f} *)"
     assert cells[3] == f"{100 * (base + shift).mean():.1f} (+20.0 ± {100 * half:.1f} *)"
-    assert cells[4:] == ["0.250", "", "1,024", "6,144", ""]
+    assert cells[4] == f"+0.400 ± {2 * half:.3f} *"
+    assert row([of(base, 1)], before, tuned)[4] == row(tuned, before, tuned)[4] == ""
+    assert cells[5:] == ["0.250", "", "1,024", "6,144", ""]

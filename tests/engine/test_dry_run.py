@@ -51,6 +51,12 @@ def test_the_readmes_recipe_runs_offline_and_leaves_nothing(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_set_has_enough_samples_in_each_of_several_minibatches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    two_of_each = ["method.num_minibatches=2", "method.num_inference_steps=2", "group_size=2"]
+    assert "The recipe ran in" in dry_run(load_recipe("shapes-sd3-dragon-frechet", two_of_each))
+
+
 def test_every_family_has_a_tiny_pipeline_that_loads(tmp_path):
     classes = {POLICIES.get(name).pipeline_class for name in POLICIES.names()}
     assert classes == set(BUILDERS) == set(KNOWN)
