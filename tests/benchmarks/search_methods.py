@@ -5,8 +5,8 @@
 Prompts are those of the validation split's first 64 whose samples, drawn with a seed of their own, have the lowest mean
 reward. Each job (a method, a budget, a seed; all prompts side by side) leaves a file in `--out`, and is not run again;
 `--tables` prints what is there. Best-of-n's and SVDD's samples are independent: at lower budgets theirs is the exact
-mean over subsets of one pool. A tree is read at every mark of one run. SMC runs at each budget with as many particles
-as it pays for. The policy computes in bfloat16, compiled.
+mean over subsets of the seed's pool. A tree is read at every mark of one run. SMC runs at each budget with as many
+particles as it pays for. The policy computes in bfloat16, compiled.
 """
 
 import argparse
@@ -41,6 +41,7 @@ JOBS = [  # (method, NFE, seed), the most telling first
     *(("SMC", 1_000, seed) for seed in (0, 1)),
     *((name, 10_000, seed) for seed in (0, 1) for name in ("SVDD", "SMC")),
     ("tree search, the paper's", 10_000, 0),
+    ("best-of-n", 100_000, 1),
     *((name, 100_000, seed) for seed in (0, 1) for name in ("tree search", "SMC", "SVDD")),
 ]
 

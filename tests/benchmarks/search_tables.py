@@ -35,11 +35,14 @@ def importance(pool, gold, count, scale=100.0):
 
 
 def tables(files):
-    """Print reward and oracle at three budgets, what each is over best-of-n, and the evaluations best-of-n takes."""
+    """Print reward and oracle at three budgets, what each is over best-of-n, and the evaluations best-of-n takes.
+
+    A run is paired with best-of-n of the same prompt and seed. The pools of all seeds tell what best-of-n needs.
+    """
     rows = gather(files)
-    (base,) = [each for each in files if each["method"] == "best-of-n" and each["seed"] == 0]
-    pool, gold = np.array(base["pool"]), np.array(base["gold"])
-    chain = base["nfe"] // pool.shape[1]
+    base = [each for each in files if each["method"] == "best-of-n"]
+    pool, gold = (np.concatenate([each[key] for each in base]) for key in ("pool", "gold"))
+    chain, most = base[0]["nfe"] // pool.shape[1], base[0]["nfe"]
     every = np.arange(1, pool.shape[1] + 1)
     means = np.stack([expected_best(each, every) for each in pool]).mean(0)
     print("| NFE | method | runs | reward | over best-of-n, paired | oracle | best-of-n needs |")
@@ -47,14 +50,15 @@ def tables(files):
     for nfe in (1_000, 10_000, 100_000):
         if ("best-of-n", nfe) not in rows:
             continue
-        plain = rows["best-of-n", nfe][0]
+        plain = rows["best-of-n", nfe]
         for name in dict.fromkeys(name for name, mark in rows if mark == nfe):
-            seeds = rows[name, nfe].values()
-            reward, oracle = (np.concatenate([each[k] for each in seeds]) for k in (0, 1))
-            gain = np.concatenate([each[0] - plain[0] for each in seeds])
+            seeds = rows[name, nfe]
+            reward, oracle = (np.concatenate([each[k] for each in seeds.values()]) for k in (0, 1))
+            gain = [found[0] - plain[seed][0] for seed, found in seeds.items() if seed in plain]
             above = np.nonzero(means >= reward.mean())[0]
-            needs = f"{(above[0] + 1) * chain / nfe:.2f} times" if len(above) else f"> {base['nfe'] / nfe:.0f} times"
-            told = ("", "1") if name == "best-of-n" else (interval(gain), needs)
+            needs = f"{(above[0] + 1) * chain / nfe:.2f} times" if len(above) else f"> {most / nfe:.0f} times"
+            over = interval(np.concatenate(gain)) if gain else ""
+            told = ("", "1") if name == "best-of-n" else (over, needs)
             print(
                 f"| {nfe} | {name} | {len(reward)} | {interval(reward)} | {told[0]} | {interval(oracle)} | {told[1]} |"
             )
@@ -67,7 +71,7 @@ def tables(files):
 
 
 def draw(files, path):
-    """Mean best reward against evaluations, of the first seed."""
+    """Mean best reward against evaluations, over prompts and seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
