@@ -64,20 +64,27 @@ class Job:
 
 
 ROLLOUTS = ("num_prompts_per_step=16", "group_size=12", "learning_rate=1e-3", "adam_beta2=0.99")
+UNCLIPPED = (  # of many steps a change clips at once, and then little is learned
+    "method.reduction=sum",
+    "method.beta=5e-3",
+    "method.clip_range=1",
+    "method.num_inner_epochs=1",
+    "method.num_minibatches=2",
+)
 BEST_OF_N = (f"num_prompts_per_step={REWARD_CALLS // N}", f"group_size={N}", "method.num_minibatches=16")
 FLOW = ("pipeline.path=zoo:shapes-sd3", "pipeline.max_sequence_length=16")  # few tokens are as good, and faster
 METHODS = {
     "reward_backprop": Job("shapes-sd", "shapes-sd-alignprop"),
     "ddpo": Job("shapes-sd", "shapes-sd-ddpo", ROLLOUTS),
     "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl", ROLLOUTS),
-    "prdp": Job("shapes-sd", "shapes-sd-prdp", ROLLOUTS),
+    "prdp": Job("shapes-sd", "shapes-sd-prdp", (*ROLLOUTS, *UNCLIPPED)),
     "raft": Job("shapes-sd", "shapes-sd-raft"),
     "sft_best_of_n": Job("shapes-sd", "shapes-sd-raft", (*BEST_OF_N, "method.num_inner_epochs=8")),
     "diffusion_dpo": Job("shapes-sd", "shapes-sd-dpo", steps=128),
     "flow_grpo": Job("shapes-sd3", "shapes-sd3-flow-grpo", (*ROLLOUTS, "method.window=null")),
-    "nft": Job("shapes-sd3", "shapes-sd3-nft"),
+    "nft": Job("shapes-sd3", "shapes-sd3-nft", ("learning_rate=1e-3",)),
     "rwr": Job("shapes-sd3", "shapes-sd3-flow-rwr"),
-    "dragon": Job("shapes-sd3", "shapes-sd3-dragon-frechet", ("rewards.train=[shapes-clip]",)),
+    "dragon": Job("shapes-sd3", "shapes-sd3-dragon-frechet", ("rewards.train=[shapes-clip]", "learning_rate=1e-3")),
     "flow_sft_best_of_n": Job("shapes-sd3", "shapes-sd-raft", (*FLOW, *BEST_OF_N, "method.num_inner_epochs=8")),
     "flow_dpo": Job("shapes-sd3", "shapes-sd3-flow-dpo", steps=128),
 }
