@@ -76,7 +76,7 @@ FLOW = ("pipeline.path=zoo:shapes-sd3", "pipeline.max_sequence_length=16")  # fe
 METHODS = {
     "reward_backprop": Job("shapes-sd", "shapes-sd-alignprop"),
     "ddpo": Job("shapes-sd", "shapes-sd-ddpo", ROLLOUTS),
-    "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl", ROLLOUTS),
+    "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl", (*ROLLOUTS, "learning_rate=5e-4")),
     "prdp": Job("shapes-sd", "shapes-sd-prdp", (*ROLLOUTS, *UNCLIPPED)),
     "raft": Job("shapes-sd", "shapes-sd-raft"),
     "sft_best_of_n": Job("shapes-sd", "shapes-sd-raft", (*BEST_OF_N, "method.num_inner_epochs=8")),
