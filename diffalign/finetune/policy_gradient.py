@@ -104,13 +104,7 @@ class PolicyGradient(TrajectoryTrainer):
             charged = advantages - self._about_others(later) * (noisy - 1) / max(len(steps) - 1, 1)
             cost = self.policy.evaluations_per_prediction(self.scale(step)) * count
             for rows in self.micro_batches(count):
-                found = self._step(
-                    trajectory.rows(rows),
-                    condition.rows(rows),
-                    step,
-                    charged[kept][rows],
-                    rounded=self.on_policy and not whole,
-                )
+                found = self._step(trajectory.rows(rows), condition.rows(rows), step, charged[kept][rows])
                 (found["loss"].sum() / (self.images * len(steps))).backward()
                 if self.regularised:  # and so all are kept
                     later[rows] += found["cost"]
@@ -127,18 +121,12 @@ class PolicyGradient(TrajectoryTrainer):
         return costs if group == 1 else rloo(costs.reshape(-1, group)).flatten()
 
     def _step(
-        self, trajectory: Trajectory, condition: Condition, step: int, advantage: Tensor, *, rounded: bool
+        self, trajectory: Trajectory, condition: Condition, step: int, advantage: Tensor
     ) -> dict[str, Tensor]:
-        """(B,) each: the loss at one step, with its graph, what is reported, and what its divergence costs.
-
-        `rounded`: the policy is the old one, and its log-ratio is 0 but for the rounding of rows in another batch than
-        they were sampled in.
-        """
+        """(B,) each: the loss at one step, with its graph, what is reported, and what its divergence costs."""
         now = self.transition(trajectory, condition, step)
         x, old = trajectory.states[step + 1], trajectory.transitions[step]  # type: ignore[index]
         log_ratio = self.log_ratio(now, old, x)
-        if rounded:
-            log_ratio = log_ratio - log_ratio.detach()
         loss = self.policy_loss(log_ratio, advantage)
         kl = chi2 = torch.zeros_like(loss)
         if self.regularised:

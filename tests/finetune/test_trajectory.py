@@ -56,10 +56,11 @@ def watch(t):
 @pytest.mark.parametrize("name", METHODS)
 def test_on_the_first_update_the_policy_is_the_old_one(name):
     """The ratio is exactly 1, nothing is clipped, and at the reference KL is exactly 0, in micro-batches too."""
-    for size in ("auto", 3):
+    for size in ("auto", 3, 1):
         t = trainer(name, num_inner_epochs=1, num_minibatches=1, micro_batch_size=size)
         row = t.train(PROMPTS, steps=1).rows[0]
-        assert row["ratio"] == 1
+        # Of branches the best and the worst alone are evaluated: beside other rows than they were sampled with.
+        assert row["ratio"] == (pytest.approx(1, abs=1e-6) if name == "b2" and size != 1 else 1)
         assert row["clip_fraction"] == 0
         assert row["kl"] == 0 if name in ("grpo", "prdp", "prdp of a flow") else "kl" not in row
         assert row["grad_norm"] > 0
