@@ -24,7 +24,8 @@ rewards" (B²-DiffuRL, CVPR), and the authors' code. Departures:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ from diffalign.data import Prompt
 from diffalign.finetune.ddpo import DDPO
 from diffalign.finetune.trainer import TRAINERS
 from diffalign.finetune.trajectory_config import B2DiffuRLConfig
-from diffalign.policies import Condition
+from diffalign.policies import Condition, Policy
+from diffalign.rewards import Reward
 from diffalign.rollout import Trajectory, branched_rollout
 
 
@@ -53,11 +55,16 @@ def best_and_worst(advantages: Tensor, threshold: float) -> Tensor:
 class B2DiffuRL(DDPO):
     """Trains the adapter by B²-DiffuRL; settings of `TrainingConfig` and `B2DiffuRLConfig`.
 
-    Raises ValueError at once for groups of one.
+    Raises ValueError at once for groups of one, and where `min_std` leaves no step of the first window.
     """
 
     config_class = B2DiffuRLConfig
     config: B2DiffuRLConfig
+
+    def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
+        super().__init__(policy, reward, **settings)
+        steps = len(self.schedule)
+        self.loud_steps(torch.arange(steps) >= steps - self.window)
 
     @property
     def compares(self) -> bool:

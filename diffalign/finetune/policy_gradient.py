@@ -47,10 +47,10 @@ class PolicyGradient(TrajectoryTrainer):
 
     def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
         super().__init__(policy, reward, **settings)
-        noisy = int((self.law().stds(self.schedule) > 0).sum())
-        if self.regularised and noisy > 1 and self.count_trained(noisy) == 1:
+        loud = len(self.loud_steps(self.law().stds(self.schedule) > 0))
+        if self.regularised and loud > 1 and self.count_trained(loud) == 1:
             raise ValueError(
-                f"timestep_fraction = {self.config.timestep_fraction:g} trains one of {noisy} steps, and what later "
+                f"timestep_fraction = {self.config.timestep_fraction:g} trains one of {loud} steps, and what later "
                 "ones diverge is then unknown: with kl_weight or chi2_weight raise it"
             )
 
@@ -87,7 +87,7 @@ class PolicyGradient(TrajectoryTrainer):
     def minimise(self, part: Part) -> tuple[dict[str, Tensor], Ledger]:
         """One evaluation with gradient for each step and sample that has an advantage, or is held to the reference."""
         assert part.advantages is not None
-        steps, noisy = self.trained(part.trajectory), int(part.trajectory.stochastic.sum())
+        steps, loud = self.trained(part.trajectory), len(self.loud_steps(part.trajectory.stochastic))
         flat = part.advantages.reshape(-1, self.training.group_size).eq(0).all(1)
         zero = torch.zeros((), device=self.policy.device)
         names = ("loss", "ratio", "clip_fraction", *(("kl",) if self.regularised else ()))
@@ -101,7 +101,7 @@ class PolicyGradient(TrajectoryTrainer):
         later = torch.zeros_like(advantages)  # what the steps after this one cost
         for step in reversed(steps):
             # Given that this step is trained, each later one is with the probability (n - 1) / (N - 1).
-            charged = advantages - self._about_others(later) * (noisy - 1) / max(len(steps) - 1, 1)
+            charged = advantages - self._about_others(later) * (loud - 1) / max(len(steps) - 1, 1)
             cost = self.policy.evaluations_per_prediction(self.scale(step)) * count
             for rows in self.micro_batches(count):
                 found = self._step(trajectory.rows(rows), condition.rows(rows), step, charged[kept][rows])
@@ -120,9 +120,7 @@ class PolicyGradient(TrajectoryTrainer):
         group = self.training.group_size
         return costs if group == 1 else rloo(costs.reshape(-1, group)).flatten()
 
-    def _step(
-        self, trajectory: Trajectory, condition: Condition, step: int, advantage: Tensor
-    ) -> dict[str, Tensor]:
+    def _step(self, trajectory: Trajectory, condition: Condition, step: int, advantage: Tensor) -> dict[str, Tensor]:
         """(B,) each: the loss at one step, with its graph, what is reported, and what its divergence costs."""
         now = self.transition(trajectory, condition, step)
         x, old = trajectory.states[step + 1], trajectory.transitions[step]  # type: ignore[index]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from diffalign.data import Prompt
 from diffalign.finetune.online import OnlineTrainer
 from diffalign.finetune.trajectory_config import TrajectoryConfig
@@ -30,8 +32,10 @@ class TrajectoryTrainer(OnlineTrainer):
 
     def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
         super().__init__(policy, reward, **settings)
-        if not (self.law().stds(self.schedule) > 0).any():
+        stds = self.law().stds(self.schedule)
+        if not (stds > 0).any():
             raise ValueError("no step of this chain draws noise, so none has a density: raise num_inference_steps")
+        self.loud_steps(stds > 0)
 
     def law(self) -> Law:
         """The law of this training step's samples."""
@@ -69,15 +73,26 @@ class TrajectoryTrainer(OnlineTrainer):
             micro_batch_size=self.rows_at_once(len(condition)),
         )
 
+    def loud_steps(self, stochastic: Tensor) -> list[int]:
+        """Of random steps (N,) those whose noise reaches `min_std`, ascending. ValueError where none does."""
+        stds = self.law().stds(self.schedule).to(stochastic.device)
+        steps = (stochastic & (stds >= self.config.min_std)).nonzero().flatten().tolist()
+        if not steps:
+            most = float(stds[stochastic].max())
+            raise ValueError(
+                f"min_std = {self.config.min_std:g} leaves no step to train on, as none has over {most:.3g}"
+            )
+        return steps
+
     def trained(self, trajectory: Trajectory) -> list[int]:
-        """The steps that this training step trains on, ascending: of those with noise the chosen share."""
-        steps = trajectory.stochastic.nonzero().flatten().tolist()
+        """The steps that this training step trains on, ascending: of the loud ones the chosen share."""
+        steps = self.loud_steps(trajectory.stochastic)
         order = generator(self.training.seed, "timesteps", self.step).permutation(len(steps))
         return [steps[i] for i in sorted(order[: self.count_trained(len(steps))].tolist())]
 
-    def count_trained(self, noisy: int) -> int:
-        """Of so many steps with noise how many are trained on."""
-        return max(1, round(self.config.timestep_fraction * noisy))
+    def count_trained(self, loud: int) -> int:
+        """Of so many steps how many are trained on."""
+        return max(1, round(self.config.timestep_fraction * loud))
 
     def probe(self, prompts: Sequence[Prompt]) -> None:
         """Samples, scores, and the gradient of one step's density of all of them."""

@@ -20,8 +20,14 @@ class TrajectoryConfig(OnlineConfig):
         description="of log-densities over the elements of a latent: sum is in nats, mean is that divided by their "
         "number; clip ranges, beta and KL weights are in this unit",
     )
+    min_std: float = Field(
+        0.0,
+        ge=0,
+        description="random steps that draw less noise are not trained on: the gradient of a density grows as 1 / std, "
+        "and where hardly anything was drawn it says nothing of the reward",
+    )
     timestep_fraction: float = Field(
-        1.0, gt=0, le=1, description="share of the random steps that are trained on, drawn anew for each training step"
+        1.0, gt=0, le=1, description="share of the other random steps that are trained on, anew for each training step"
     )
 
 

@@ -20,6 +20,7 @@ PROMPTS = ["a red circle", "a blue cube"]
 COMMON = {"num_inference_steps": 4, "guidance_scale": 2.0, "num_prompts_per_step": 2, "group_size": 3}
 METHODS = {
     "ddpo": (DDPO, tiny_sd, {"advantage": "group"}),
+    "loud": (DDPO, tiny_sd, {"advantage": "group", "min_std": 0.1}),
     "history": (DDPO, tiny_sd, {"history_least": 4, "num_minibatches": 2}),
     "score": (DDPO, tiny_sd, {"estimator": "score", "advantage": "rloo"}),
     "b2": (B2DiffuRL, tiny_sd, {"select_threshold": 0.0, "window_start": 0.5}),
@@ -104,7 +105,7 @@ def test_micro_batches_do_not_change_the_gradient(name):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-2 * float(gradients[0].abs().max()))
 
 
-@pytest.mark.parametrize("name", ["ddpo", "score", "grpo", "dance"])
+@pytest.mark.parametrize("name", ["ddpo", "loud", "score", "grpo", "dance"])
 def test_the_first_gradient_is_that_of_reinforce(name):
     """- A grad log p, by densities that `log_probs` evaluates as a whole, over samples and trained steps."""
     t = trainer(name)
@@ -154,9 +155,10 @@ def test_an_early_step_is_charged_with_what_later_steps_diverge(size):
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-def test_the_charge_does_not_depend_on_how_many_steps_are_trained():
-    """The mean gradient over all choices of two steps is that of all steps."""
-    t = trainer("grpo")
+@pytest.mark.parametrize("min_std", [0.0, 0.1])
+def test_the_charge_does_not_depend_on_how_many_steps_are_trained(min_std):
+    """The mean gradient over all choices of two steps is that of all loud steps."""
+    t = trainer("grpo", min_std=min_std)
     with torch.no_grad():
         for p in t.parameters:
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -171,10 +173,10 @@ def test_the_charge_does_not_depend_on_how_many_steps_are_trained():
         t.minimise(part)
         return torch.cat([p.grad.flatten() for p in t.parameters])
 
-    noisy = part.trajectory.stochastic.nonzero().flatten().tolist()
-    assert len(noisy) > 2
-    whole = gradient(noisy)
-    mean = torch.stack([gradient(list(two)) for two in combinations(noisy, 2)]).mean(0)
+    loud = t.loud_steps(part.trajectory.stochastic)
+    assert len(loud) == (4 if min_std == 0 else 3)
+    whole = gradient(loud)
+    mean = torch.stack([gradient(list(two)) for two in combinations(loud, 2)]).mean(0)
     torch.testing.assert_close(mean, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
@@ -319,6 +321,19 @@ def test_the_best_and_the_worst_branch_train():
     assert torch.equal(best_and_worst(advantages, 0.5), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "min_std", "expected"), [("ddpo", 0.1, [0, 1]), ("prdp", 0.03, [0, 1, 2]), ("fast", 0.8, [1])]
+)
+def test_steps_that_draw_little_are_not_trained(name, min_std, expected):
+    """Of stds of .78, .52, .04 and .02, and of .70 and .87 in the window of a flow."""
+    t = trainer(name, min_std=min_std, num_inner_epochs=1, num_minibatches=1)
+    seen = watch(t)
+    row = t.train(PROMPTS, steps=1).rows[0]
+    assert seen[0][2] == expected
+    assert row["backward_passes"] == 2 * 6 * len(expected)  # of both halves of guidance
+    assert row["grad_norm"] > 0
+
+
 def test_the_window_grows_to_all_steps():
     t = trainer("b2", max_train_steps=8, window_start=0.5)
     seen = watch(t)
@@ -336,6 +351,8 @@ def test_the_window_grows_to_all_steps():
         (lambda: trainer("b2", group_size=1), "group_size = 1, and b2_diffurl compares"),
         (lambda: trainer("ddpo", group_size=1), "group_size = 1, and ddpo compares"),
         (lambda: trainer("cps", num_inference_steps=1), "no step of this chain draws noise"),
+        (lambda: trainer("ddpo", min_std=0.9), "min_std = 0.9 leaves no step to train on, as none has over 0.782"),
+        (lambda: trainer("b2", min_std=0.1), "min_std = 0.1 leaves no step to train on, as none has over 0.0412"),
         (lambda: trainer("ddpo", num_minibatches=3), "does not divide the 2 prompts"),
         (lambda: trainer("score", num_inner_epochs=2), "2 updates a step train on"),
         (lambda: trainer("history", history_size=3), "history_least = 4 is more than history_size = 3"),
