@@ -79,7 +79,13 @@ UNCLIPPED = (  # of many steps a change clips at once, and then little is learne
     "method.num_inner_epochs=1",
     "method.num_minibatches=2",
 )
-BEST_OF_N = (f"num_prompts_per_step={REWARD_CALLS // N}", f"group_size={N}", "method.num_minibatches=16")
+BEST_OF_N = (  # at higher rates the policy learns the faults of its own images faster than what chose between them
+    f"num_prompts_per_step={REWARD_CALLS // N}",
+    f"group_size={N}",
+    "method.num_inner_epochs=4",
+    "method.num_minibatches=16",
+    "learning_rate=5e-5",
+)
 FLOW = ("pipeline.path=zoo:shapes-sd3", "pipeline.max_sequence_length=16")  # few tokens are as good, and faster
 METHODS = {
     "reward_backprop": Job("shapes-sd", "shapes-sd-alignprop"),
@@ -87,13 +93,13 @@ METHODS = {
     "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl", (*ROLLOUTS, ABSOLUTE, *BRANCHES)),
     "prdp": Job("shapes-sd", "shapes-sd-prdp", (*ROLLOUTS, *UNCLIPPED)),
     "raft": Job("shapes-sd", "shapes-sd-raft"),
-    "sft_best_of_n": Job("shapes-sd", "shapes-sd-raft", (*BEST_OF_N, "method.num_inner_epochs=8")),
+    "sft_best_of_n": Job("shapes-sd", "shapes-sd-raft", BEST_OF_N),
     "diffusion_dpo": Job("shapes-sd", "shapes-sd-dpo", ("learning_rate=5e-4",), steps=128),
     "flow_grpo": Job("shapes-sd3", "shapes-sd3-flow-grpo", (*ROLLOUTS, ABSOLUTE, "method.window=null")),
     "nft": Job("shapes-sd3", "shapes-sd3-nft", ("learning_rate=1e-3",)),
     "rwr": Job("shapes-sd3", "shapes-sd3-flow-rwr"),
     "dragon": Job("shapes-sd3", "shapes-sd3-dragon-frechet", ("rewards.train=[shapes-clip]", "learning_rate=1e-3")),
-    "flow_sft_best_of_n": Job("shapes-sd3", "shapes-sd-raft", (*FLOW, *BEST_OF_N, "method.num_inner_epochs=8")),
+    "flow_sft_best_of_n": Job("shapes-sd3", "shapes-sd-raft", (*FLOW, *BEST_OF_N)),
     "flow_dpo": Job("shapes-sd3", "shapes-sd3-flow-dpo", steps=128),
 }
 SEARCHES = {  # name: (pipeline, guidance, n): twice the evaluations with guidance, so half the images
