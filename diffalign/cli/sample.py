@@ -103,7 +103,7 @@ def write_pairs(
 def settings(source: str) -> tuple[PipelineConfig, EvaluationConfig, int]:
     """Pipeline, sampling and seed of a recipe, or of a bare pipeline with the defaults."""
     if source.endswith((".yaml", ".yml")) or source in shipped_recipes():
-        recipe = load_recipe(source)
+        recipe = load_recipe(source, absent=["method.pairs"])  # they may be what is drawn
         return recipe.pipeline, recipe.evaluation, recipe.seed
     tree = {"pipeline": {"path": source}}
     anchor_paths(tree, Path.cwd())

@@ -72,6 +72,7 @@ ROLLOUTS = (  # the last step draws hardly any noise, and what it drew would dro
 )
 ABSOLUTE = "method.advantage=global_std"  # failures weigh by what they cost, and not every prompt the same
 BRANCHES = ("num_prompts_per_step=32", "group_size=6")
+EQUAL_STEPS = ("method.window=null", "method.ratio_norm=true")
 UNCLIPPED = (  # of many steps a change clips at once, and then little is learned
     "method.reduction=sum",
     "method.beta=5e-3",
@@ -95,7 +96,7 @@ METHODS = {
     "raft": Job("shapes-sd", "shapes-sd-raft"),
     "sft_best_of_n": Job("shapes-sd", "shapes-sd-raft", BEST_OF_N),
     "diffusion_dpo": Job("shapes-sd", "shapes-sd-dpo", ("learning_rate=5e-4",), steps=128),
-    "flow_grpo": Job("shapes-sd3", "shapes-sd3-flow-grpo", (*ROLLOUTS, ABSOLUTE, "method.window=null")),
+    "flow_grpo": Job("shapes-sd3", "shapes-sd3-flow-grpo", (*ROLLOUTS, ABSOLUTE, *EQUAL_STEPS)),
     "nft": Job("shapes-sd3", "shapes-sd3-nft", ("learning_rate=1e-3",)),
     "rwr": Job("shapes-sd3", "shapes-sd3-flow-rwr"),
     "dragon": Job("shapes-sd3", "shapes-sd3-dragon-frechet", ("rewards.train=[shapes-clip]", "learning_rate=1e-3")),

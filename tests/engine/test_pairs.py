@@ -119,13 +119,16 @@ def test_options_that_do_not_go_together_are_told(tmp_path, options, told):
     assert told in " ".join(str(caught.value).split())
 
 
-def test_the_command_writes_a_file_and_tells_what_is_left_out(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("source", ["zoo:shapes-sd", "shapes-sd-dpo"])
+def test_the_command_writes_a_file_and_tells_what_is_left_out(tmp_path, monkeypatch, capsys, source):
+    """For a recipe, too, whose own pairs are not there yet."""
     from diffalign.engine import load
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(load, "load_policy", lambda config: Policy.wrap(tiny_sd()))
     options = {"lora": None, "prompts": "a b", "seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
     chosen = {"num_images_per_prompt": None, "pairs": True, "reward": "jpeg-size"}
-    sample.run("zoo:shapes-sd", out=tmp_path / "pairs.parquet", **options, **chosen)
+    sample.run(source, out=tmp_path / "pairs.parquet", **options, **chosen)
     assert "1 pairs of 1 prompts, of 4 images each; 0 with equal scores and 0 with" in capsys.readouterr().out
     ((pair,), left_out) = read_pairs(tmp_path / "pairs.parquet")
     assert (pair.prompt.text, left_out) == ("a b", 0)
