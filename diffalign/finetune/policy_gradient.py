@@ -9,7 +9,8 @@ With A_i the advantage of sample i and rho = p_theta(x_s | x_t, c) / p_old(x_s |
 The gradient of a divergence is not that of its steps alone: where an early step leads says what later ones cost. So the
 advantage of a step is A_i less D (kl_weight KL + chi2_weight chi^2) of all later steps, about its mean over the others
 of the group; D is the number of elements with `reduction: mean` and 1 with `sum`. Departure: Flow-GRPO, DPOK and the
-codes with a KL in the loss leave this out, and come to rest beside the optimum.
+codes with a KL in the loss leave this out, and come to rest beside the optimum. Steps below `min_std` are neither
+trained nor charged.
 
 Near the reference chi^2 is twice the KL, and far away it grows exponentially: what it bounds is how far a learned
 reward can be off on the policy's samples (Laidlaw et al. 2024, Correlated Proxies, arXiv 2403.03185). Departure: they

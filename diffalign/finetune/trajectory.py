@@ -80,7 +80,8 @@ class TrajectoryTrainer(OnlineTrainer):
         if not steps:
             most = float(stds[stochastic].max())
             raise ValueError(
-                f"min_std = {self.config.min_std:g} leaves no step to train on, as none has over {most:.3g}"
+                f"min_std = {self.config.min_std:g} leaves no step to train on, whose noise is {most:.3g} at most: "
+                "lower it"
             )
         return steps
 

@@ -351,8 +351,11 @@ def test_the_window_grows_to_all_steps():
         (lambda: trainer("b2", group_size=1), "group_size = 1, and b2_diffurl compares"),
         (lambda: trainer("ddpo", group_size=1), "group_size = 1, and ddpo compares"),
         (lambda: trainer("cps", num_inference_steps=1), "no step of this chain draws noise"),
-        (lambda: trainer("ddpo", min_std=0.9), "min_std = 0.9 leaves no step to train on, as none has over 0.782"),
-        (lambda: trainer("b2", min_std=0.1), "min_std = 0.1 leaves no step to train on, as none has over 0.0412"),
+        (
+            lambda: trainer("ddpo", min_std=0.9),
+            "min_std = 0.9 leaves no step to train on, whose noise is 0.782 at most",
+        ),
+        (lambda: trainer("b2", min_std=0.1), "min_std = 0.1 leaves no step to train on, whose noise is 0.0412 at most"),
         (lambda: trainer("ddpo", num_minibatches=3), "does not divide the 2 prompts"),
         (lambda: trainer("score", num_inner_epochs=2), "2 updates a step train on"),
         (lambda: trainer("history", history_size=3), "history_least = 4 is more than history_size = 3"),
