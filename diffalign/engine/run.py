@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffalign import media, report, rewards
 from diffalign.config import write_resolved
 from diffalign.data import Prompt, read_prompts
+from diffalign.engine.changes import changes
 from diffalign.engine.checkpoint import load_checkpoint, save_checkpoint
 from diffalign.engine.evaluate import Evaluation, image_diversity, sample_images, score_images
 from diffalign.engine.footprint import footprint
@@ -179,7 +180,17 @@ def resume(run: Run) -> int:
     if run.trainer.training.micro_batch_size == "auto":
         kept = {"micro_batch_size": tree.get("micro_batch_size", "auto")}
         run.trainer.training = run.trainer.training.model_copy(update=kept)
+    _tell_changes(run)
     return step
+
+
+def _tell_changes(run: Run) -> None:
+    """Warns of settings that are not those the run was begun with: what follows is then a mixture of both."""
+    config = run.output_dir / "config.yaml"
+    if run.is_main and config.exists():
+        told = changes(run.recipe, config, beside=("output_dir", "resume_from_checkpoint", "max_train_steps"))
+        if told:
+            logger.warning("the run goes on with other settings than before: %s", "; ".join(told))
 
 
 def settle_micro_batch(run: Run) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign import media
-from diffalign.config import resolved, write_resolved
+from diffalign.config import write_resolved
+from diffalign.engine.changes import changes
 from diffalign.engine.output import DiskRefused
 from diffalign.scoring.parts import write_whole
 
@@ -121,23 +121,8 @@ def finite(tree: Any) -> Any:
 
 def _same_recipe(recipe: SearchRecipe, config: Path) -> None:
     """Raise ValueError unless the folder's recipe, and the files that it names, are these."""
-    before, now = _leaves(yaml.safe_load(config.read_text(encoding="utf-8"))), _leaves(resolved(recipe))
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
-    told = [
-        f"the file of {key.removeprefix('recorded.sha256.')} has changed"
-        if key.startswith("recorded.")
-        else f"{key} was {json.dumps(before.get(key))} and is {json.dumps(now.get(key))}"
-        for key in changed
-        if key not in PLACES and not key.startswith("recorded.versions")
-    ]
+    told = changes(recipe, config, PLACES)
     if told:
         raise ValueError(
             f"{config.parent} holds another search: {'; '.join(told[:5])}; choose another output_dir, or remove it"
         )
-
-
-def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
-    """Key -> value of everything in a tree that is no mapping."""
-    if not isinstance(tree, dict):
-        return {key: tree}
-    return {k: v for name, each in tree.items() for k, v in _leaves(each, f"{key}.{name}" if key else name).items()}

@@ -82,6 +82,17 @@ def test_a_run_learns_from_pairs_and_reports(recipe):
     assert figure["kind"] == "heldout"
 
 
+def test_a_run_that_goes_on_tells_what_is_set_otherwise(recipe, caplog):
+    """Each setting with both its values; but where nothing that matters differs, nothing."""
+    train(load_recipe("recipe.yaml", ["max_train_steps=1"]), Policy.wrap(tiny_sd()))
+    on = ["resume_from_checkpoint=latest"]
+    train(load_recipe("recipe.yaml", on), Policy.wrap(tiny_sd()))
+    assert "other settings" not in caplog.text
+    changed = ["learning_rate=3e-4", "method.beta=200", "max_train_steps=3"]
+    train(load_recipe("recipe.yaml", [*on, *changed]), Policy.wrap(tiny_sd()))
+    assert "before: learning_rate was 0.001 and is 0.0003; method.beta was 100.0 and is 200.0\n" in caplog.text
+
+
 @pytest.mark.verify
 def test_a_run_that_was_stopped_goes_on_to_the_bit(recipe):
     train(load_recipe("recipe.yaml"), Policy.wrap(tiny_sd()))
