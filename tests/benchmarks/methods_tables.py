@@ -1,7 +1,7 @@
 """What `tests.benchmarks.methods` measured, as tables.
 
 Differences are paired over prompts, each the mean of its images and seeds: over the base on the same seeds, and in the
-reward also over training on the best of n, where the method has the same seeds.
+reward also over training on the best of n, on the seeds that both have.
 """
 
 import numpy as np
@@ -33,9 +33,14 @@ def tables(files):
         costs = ["reward calls", "evaluations", "minutes"]
         columns = [pipeline, "seeds", *heads, "reward over SFT", "diversity", "KL, nats", *costs]
         print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-        for name, found in groups.items():
+        for name, found in sorted(groups.items(), key=lambda group: (rank(group[0]), group[0])):
             beside = groups[f"base of {pipeline}"], groups.get(SFT[pipeline], [])
             print(f"| {' | '.join([name, *row(found, *beside)])} |")
+
+
+def rank(name):
+    """The base, then searches, then methods."""
+    return 0 if name.startswith("base of") else 1 if "best of" in name else 2
 
 
 def row(found, base, tuned):
@@ -47,13 +52,19 @@ def row(found, base, tuned):
         own = of_prompts(found, judge)
         told = "" if found is base else f" ({paired(own, of_prompts(same, judge), scale, digits)})"
         cells.append(f"{scale * own.mean():.{digits}f}{told}")
-    rivals = [each for each in tuned if each["seed"] in seeds]
-    if found is tuned or len(rivals) < len(found):
-        cells.append("")
-    else:
-        cells.append(paired(*(of_prompts(files, "shapes-clip") for files in (found, rivals)), 1, 3))
+    cells.append("" if found is tuned or found is base else over(found, tuned))
     cells.append(f"{np.mean([np.mean(each['diversity']) for each in found]):.3f}")
     costs = [each["cost"] for each in found]
     cells.append(f"{np.mean([each['kl'] for each in found]):.1f}" if "kl" in found[0] else "")
     cells += [f"{np.mean([cost[key] for cost in costs]):,.0f}" for key in ("reward_calls", "nfe")]
     return [*cells, f"{np.mean([cost['seconds'] for cost in costs]) / 60:.1f}" if "seconds" in costs[0] else ""]
+
+
+def over(found, rivals):
+    """The difference in reward on the seeds that both have, which are counted where they are not all."""
+    both = {each["seed"] for each in found} & {each["seed"] for each in rivals}
+    if not both:
+        return ""
+    own, other = ([each for each in files if each["seed"] in both] for files in (found, rivals))
+    counted = "" if len(both) == len(found) else f", of {len(both)}"
+    return paired(of_prompts(own, "shapes-clip"), of_prompts(other, "shapes-clip"), 1, 3) + counted
