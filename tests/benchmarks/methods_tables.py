@@ -6,7 +6,11 @@ reward also over training on the best of n, on the seeds that both have.
 
 import numpy as np
 
-JUDGES = {"shapes-clip": ("reward", 1, 3), "shapes-preference": ("held-out", 1, 2), "shapes-oracle": ("oracle, %", 100, 1)}
+JUDGES = {
+    "shapes-clip": ("reward", 1, 3),
+    "shapes-preference": ("held-out", 1, 2),
+    "shapes-oracle": ("oracle, %", 100, 1),
+}
 SFT = {"shapes-sd": "sft_best_of_n", "shapes-sd3": "flow_sft_best_of_n"}
 
 
