@@ -73,12 +73,12 @@ class TrajectoryTrainer(OnlineTrainer):
             micro_batch_size=self.rows_at_once(len(condition)),
         )
 
-    def loud_steps(self, stochastic: Tensor) -> list[int]:
-        """Of random steps (N,) those whose noise reaches `min_std`, ascending. ValueError where none does."""
-        stds = self.law().stds(self.schedule).to(stochastic.device)
-        steps = (stochastic & (stds >= self.config.min_std)).nonzero().flatten().tolist()
+    def loud_steps(self, among: Tensor) -> list[int]:
+        """Of the steps of a mask (N,) those that draw noise, and at least `min_std`. ValueError where none does."""
+        stds = self.law().stds(self.schedule).to(among.device)
+        steps = (among & (stds > 0) & (stds >= self.config.min_std)).nonzero().flatten().tolist()
         if not steps:
-            most = float(stds[stochastic].max())
+            most = float(stds[among].max())
             raise ValueError(
                 f"min_std = {self.config.min_std:g} leaves no step to train on, whose noise is {most:.3g} at most: "
                 "lower it"

@@ -63,23 +63,6 @@ class Job:
         return self.recipe.endswith("-dpo")
 
 
-ROLLOUTS = (  # the last step draws hardly any noise, and what it drew would drown what the others say
-    "num_prompts_per_step=16",
-    "group_size=12",
-    "learning_rate=1e-3",
-    "adam_beta2=0.99",
-    "method.min_std=0.1",
-)
-ABSOLUTE = "method.advantage=global_std"  # failures weigh by what they cost, and not every prompt the same
-BRANCHES = ("num_prompts_per_step=32", "group_size=6")
-EQUAL_STEPS = ("method.window=null", "method.ratio_norm=true")
-UNCLIPPED = (  # of many steps a change clips at once, and then little is learned
-    "method.reduction=sum",
-    "method.beta=5e-3",
-    "method.clip_range=1",
-    "method.num_inner_epochs=1",
-    "method.num_minibatches=2",
-)
 BEST_OF_N = (  # at higher rates the policy learns the faults of its own images faster than what chose between them
     f"num_prompts_per_step={REWARD_CALLS // N}",
     f"group_size={N}",
@@ -90,13 +73,13 @@ BEST_OF_N = (  # at higher rates the policy learns the faults of its own images 
 FLOW = ("pipeline.path=zoo:shapes-sd3", "pipeline.max_sequence_length=16")  # few tokens are as good, and faster
 METHODS = {
     "reward_backprop": Job("shapes-sd", "shapes-sd-alignprop"),
-    "ddpo": Job("shapes-sd", "shapes-sd-ddpo", (*ROLLOUTS, ABSOLUTE)),
-    "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl", (*ROLLOUTS, ABSOLUTE, *BRANCHES)),
-    "prdp": Job("shapes-sd", "shapes-sd-prdp", (*ROLLOUTS, *UNCLIPPED)),
+    "ddpo": Job("shapes-sd", "shapes-sd-ddpo"),
+    "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl"),
+    "prdp": Job("shapes-sd", "shapes-sd-prdp"),
     "raft": Job("shapes-sd", "shapes-sd-raft"),
     "sft_best_of_n": Job("shapes-sd", "shapes-sd-raft", BEST_OF_N),
-    "diffusion_dpo": Job("shapes-sd", "shapes-sd-dpo", ("learning_rate=5e-4",), steps=128),
-    "flow_grpo": Job("shapes-sd3", "shapes-sd3-flow-grpo", (*ROLLOUTS, ABSOLUTE, *EQUAL_STEPS)),
+    "diffusion_dpo": Job("shapes-sd", "shapes-sd-dpo", steps=128),
+    "flow_grpo": Job("shapes-sd3", "shapes-sd3-flow-grpo", ("method.window=null", "method.min_std=0.1")),
     "nft": Job("shapes-sd3", "shapes-sd3-nft", ("learning_rate=1e-3",)),
     "rwr": Job("shapes-sd3", "shapes-sd3-flow-rwr"),
     "dragon": Job("shapes-sd3", "shapes-sd3-dragon-frechet", ("rewards.train=[shapes-clip]", "learning_rate=1e-3")),
