@@ -19,12 +19,16 @@ DanceGRPO (arXiv 2505.07818); Wang & Yu 2025, Flow-CPS (arXiv 2509.05952); Wang 
 - Groups are divided by their spread as it is, where the code adds 1e-4 to it, and the mean is over all samples, where
   the code leaves out those without advantage.
 - Under `cps` the log-density is the whole Gaussian's; Flow-CPS leaves out 1 / (2 S^2), which weighs steps otherwise.
-- All steps that draw noise are trained. The code leaves out the last one, whose noise is least.
+- By default all steps that draw noise are trained. The code leaves out the last one, whose noise is least; so does
+  `min_std`, where that noise is small.
 - The window is one for all prompts of a training step. GRPO-Guard's second part, which divides the gradient of a step
   by its dt, is not there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -34,35 +38,54 @@ from diffalign.finetune.trajectory_config import FlowGRPOConfig
 from diffalign.laws import CPS, DanceGRPONoise, FlowSDE, Law, Normal, Window
 from diffalign.laws.normal import reduce_elements
 from diffalign.noise import generator
+from diffalign.policies import Policy
+from diffalign.rewards import Reward
 
 
 @TRAINERS.register("flow_grpo")
 class FlowGRPO(PolicyGradient):
     """Trains the adapter by Flow-GRPO; settings of `TrainingConfig` and `FlowGRPOConfig`.
 
-    Raises ValueError at once for groups of one, and for noise of a flow on another pipeline.
+    Raises ValueError at once for groups of one, for noise of a flow on another pipeline, and where a window could be
+    drawn that leaves no step to train on.
     """
 
     config_class = FlowGRPOConfig
     config: FlowGRPOConfig
 
+    def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
+        super().__init__(policy, reward, **settings)
+        stds, window = self._noise().stds(self.schedule), self.config.window
+        for start in range(self._starts) if window else ():
+            most = float(stds[start : start + window].max())
+            if most == 0 or most < self.config.min_std:
+                raise ValueError(
+                    f"a window can start at step {start}, where {window} in a row draw a noise of {most:.3g} at most, "
+                    f"and min_std = {self.config.min_std:g} leaves none to train on: lower it, or window_share"
+                )
+
     def law(self) -> Law:
         """The SDE; with a window, in the steps where this training step's noise is."""
+        if self.config.window is None:
+            return self._noise()
+        start = int(generator(self.training.seed, "window", self.step).integers(self._starts))
+        return Window(self._noise(), self.schedule, start, start + self.config.window)
+
+    @property
+    def _starts(self) -> int:
+        """At how many steps the window can start."""
+        return max(1, round(self.config.window_share * len(self.schedule)) - (self.config.window or 0) + 1)
+
+    def _noise(self) -> Law:
+        """The SDE in all steps."""
         if self.schedule.kind != "flow" and self.config.noise != "flow_grpo":
             raise ValueError(f"noise = {self.config.noise} is that of a flow, and this pipeline is none: use flow_grpo")
         eta = self.config.eta
         if self.config.noise == "cps":
-            law: Law = CPS() if eta is None else CPS(eta)
-        elif self.config.noise == "dance_grpo":
-            law = FlowSDE(DanceGRPONoise() if eta is None else DanceGRPONoise(eta))
-        else:
-            law = super().law()
-        if self.config.window is None:
-            return law
-        steps = len(self.schedule)
-        starts = max(1, round(self.config.window_share * steps) - self.config.window + 1)
-        start = int(generator(self.training.seed, "window", self.step).integers(starts))
-        return Window(law, self.schedule, start, start + self.config.window)
+            return CPS() if eta is None else CPS(eta)
+        if self.config.noise == "dance_grpo":
+            return FlowSDE(DanceGRPONoise() if eta is None else DanceGRPONoise(eta))
+        return super().law()
 
     def log_ratio(self, now: Normal, old: Normal, x: Tensor) -> Tensor:
         """Log rho (B,); under `ratio_norm` GRPO-Guard's."""

@@ -356,6 +356,10 @@ def test_the_window_grows_to_all_steps():
             "min_std = 0.9 leaves no step to train on, whose noise is 0.782 at most",
         ),
         (lambda: trainer("b2", min_std=0.1), "min_std = 0.1 leaves no step to train on, whose noise is 0.0412 at most"),
+        (
+            lambda: trainer("fast", min_std=0.3, window_share=1.0, num_inference_steps=10),
+            "can start at step 7, where 2 in a row draw a noise of 0.282 at most, and min_std = 0.3 leaves none",
+        ),
         (lambda: trainer("ddpo", num_minibatches=3), "does not divide the 2 prompts"),
         (lambda: trainer("score", num_inner_epochs=2), "2 updates a step train on"),
         (lambda: trainer("history", history_size=3), "history_least = 4 is more than history_size = 3"),
