@@ -109,14 +109,15 @@ def test_the_example_of_the_guide_to_searching_runs(example):
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Loads the example of CONTRIBUTING.md whose first line names that file, by the door of `--plugin`."""
+    """Loads the example of the two files whose first line names that file, by the door of `--plugin`."""
     trainer_class("ddpo")  # loads all methods, whose registration would go with the patch
     for registry in (rewards.REWARDS, POLICIES, TRAINERS):
         monkeypatch.setattr(registry, "_things", dict(registry._things))
     methods = dict(METHODS)
 
     def load(name):
-        (code,) = [block for block in blocks("CONTRIBUTING.md", "python") if block.startswith(f'"""{name}:')]
+        plugins = blocks("README.md", "python plugin") + blocks("CONTRIBUTING.md", "python")
+        (code,) = [block for block in plugins if block.startswith(f'"""{name}:')]
         file = tmp_path / name
         file.write_text(code, encoding="utf-8")
         load_plugin(file)
@@ -142,16 +143,18 @@ def test_the_example_of_a_reward_is_found_by_name_and_proves_its_gradient(plugin
 
 
 def test_the_example_of_a_trainer_takes_the_score_functions_gradient(plugin):
-    """Of two images a prompt, scored 1 and 0, the gradient of the densities weighs 1/2 and -1/2."""
+    """Of two images a prompt, scored 1 and 0, the gradient of the densities weighs 1 and -1."""
+    (code,) = blocks("README.md", "python plugin")
+    assert len(code.splitlines()) < 40
     module = plugin("reinforce.py")
-    recipe = load_recipe("shapes-sd-alignprop", ["method={name: reinforce, eta: 0.5}"])
+    recipe = load_recipe("shapes-sd-ddpo", ["method={name: reinforce, eta: 0.5}"])
     assert recipe.method.eta == 0.5
     assert trainer_class(recipe.method.name) is module.Reinforce
 
     first = rewards.as_reward(lambda images, *_: torch.arange(len(images)) % 2 == 0, "first", differentiable=False)
     settings = {"num_prompts_per_step": 2, "group_size": 2, "num_inference_steps": 3, "guidance_scale": 1.0}
-    trainer = module.Reinforce(Policy.wrap(tiny_sd(torch.float64)), first, **settings)
-    sums, cost = trainer.accumulate([Prompt("a bad dog", 7), Prompt("a fine lake", 8)])
+    trainer = module.Reinforce(Policy.wrap(tiny_sd(torch.float64)), first, reduction="sum", **settings)
+    ((sums, cost),) = trainer.updates([Prompt("a bad dog", 7), Prompt("a fine lake", 8)])
     assert (sums["reward"], sums["reward_valid"]) == (2, 4)
     assert (cost.denoiser_evaluations, cost.backward_passes, cost.reward_calls) == (3 * 4 * 3, 4 * 3, 4)
 
@@ -160,7 +163,7 @@ def test_the_example_of_a_trainer_takes_the_score_functions_gradient(plugin):
     chain = {"law": DDIM(1.0), "schedule": schedule, "guidance_scale": 1.0}
     rows = [(7, 0, 0), (7, 0, 1), (8, 0, 0), (8, 0, 1)]
     taken = rollout(policy, condition, rows=rows, seed=0, record_states=True, **chain)
-    weights = torch.tensor([[0.5], [-0.5], [0.5], [-0.5]])
+    weights = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
     objective = -(weights * log_probs(policy, taken, condition, reduction="sum", **chain)).sum() / 4
     expected = torch.autograd.grad(objective, trainer.parameters)
     assert any(gradient.any() for gradient in expected)

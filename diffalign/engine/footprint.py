@@ -50,33 +50,36 @@ def footprint(trainer: Trainer, prompts: Sequence[Prompt]) -> Footprint | None:
     """Estimates the peak of a step of this trainer; None where memory cannot be measured (a CPU other than Linux's).
 
     One and two images go forward and backward, the first of them twice, since the first pass of all also loads code.
-    Adam's two moments, which come with its first step, are added. The line through the two is the estimate: in 24
-    images of shapes-sd on the CPU it is off by a tenth.
+    Adam's two moments, which come with its first step, are added, and what an online method keeps of all its samples.
+    The line through the two is the estimate: in 24 images of shapes-sd on the CPU it is off by a tenth.
     """
     settings = trainer.training
+    own = settings.num_prompts_per_step * settings.group_size // trainer.accelerator.num_processes
     # What an online method has sampled it trains on minibatch after minibatch.
-    parts = trainer.accelerator.num_processes * getattr(trainer.config, "num_minibatches", 1)
-    asked = settings.num_prompts_per_step * settings.group_size // parts
+    asked = own // getattr(trainer.config, "num_minibatches", 1)
     images = asked if settings.micro_batch_size == "auto" else min(settings.micro_batch_size, asked)
-    device = trainer.policy.device
+    device, kept = trainer.policy.device, [0]
     trainer.training = settings.model_copy(update={"group_size": 1, "micro_batch_size": "auto"})
     try:
-        peaks = [peak(device, lambda n=n: _gradient(trainer, prompts[:n])) for n in (1, 1, 2)[: 2 + (images > 1)]]
+        counts = (1, 1, 2)[: 2 + (images > 1)]
+        peaks = [peak(device, lambda n=n: kept.append(_gradient(trainer, prompts[:n]))) for n in counts]
     finally:
         trainer.training = settings
     if peaks[-1] is None:
         return None
     one, last = peaks[1], peaks[-1]
     moments = 2 * sum(p.numel() * p.element_size() for p in trainer.parameters)
-    per_image = max(0, last - one) if images > 1 else 0
-    return Footprint(images, one + per_image * (images - 1) + moments, per_image, room(device))
+    per_image = max(0, last - one - kept[-1]) if images > 1 else 0
+    whole = one + per_image * (images - 1) + kept[-1] * (own - 1) + moments
+    return Footprint(images, whole, per_image, room(device))
 
 
-def _gradient(trainer: Trainer, prompts: Sequence[Prompt]) -> None:
-    """A step up to the optimiser, whose weights and step it leaves alone."""
+def _gradient(trainer: Trainer, prompts: Sequence[Prompt]) -> int:
+    """A step up to the optimiser, whose weights and step it leaves alone; returns what an image keeps."""
     with trainer.accelerator.autocast():
-        trainer.probe(prompts)
+        kept = trainer.probe(prompts)
     trainer.optimizer.zero_grad(set_to_none=True)
+    return kept
 
 
 def peak(device: torch.device, work: Callable[[], object]) -> int | None:

@@ -109,7 +109,8 @@ def _train(run: Run) -> Path:
     loop(run, metrics, lambda: record_validation(run, validate(run)), progress(run))
     metrics.close()
     if run.is_main:
-        run.policy.save_lora(run.output_dir / "lora")
+        with run.trainer.averaged():
+            run.policy.save_lora(run.output_dir / "lora")
     base, tuned = before_and_after(run)
     if run.is_main:
         summary = compare_with_reference(recipe, run.output_dir, run.judges, base, tuned, run.policy)
@@ -255,7 +256,8 @@ def evaluate(run: Run, split: str, limit: int | None) -> Evaluation:
     """
     prompts, accelerator = run.prompts[split][:limit], run.trainer.accelerator
     mine = share(prompts, accelerator.process_index, accelerator.num_processes)
-    part = sample_images(run.policy, mine, seed=run.recipe.seed, **run.recipe.evaluation.sampling())
+    with run.trainer.averaged():
+        part = sample_images(run.policy, mine, seed=run.recipe.seed, **run.recipe.evaluation.sampling())
     of_sets = {name: judge for name, judge in run.judges.items() if judge.setwise}
     each = {name: judge for name, judge in run.judges.items() if name not in of_sets}
     whole = join(score_images(part, each, device=run.policy.device), prompts, accelerator)
@@ -263,7 +265,7 @@ def evaluate(run: Run, split: str, limit: int | None) -> Evaluation:
 
 
 def validate(run: Run) -> Evaluation:
-    """The fixed validation prompts under the adapter as it is."""
+    """The fixed validation prompts under the adapter as it is, or its moving average."""
     return evaluate(run, "validation", run.recipe.evaluation.num_validation_prompts)
 
 

@@ -11,8 +11,13 @@ the group,
     batch:       A_i = (r_i - mean) / std, both over all samples of the step
     history:     A_i = (r_i - mean) / std over the last rewards of the prompt, as in DDPO: see `PromptHistory`
 
-A failed score is NaN: it has no part in any statistic, and its advantage is 0, as it is in a group without spread (and
-there exactly, not a rounding error divided by a small number).
+A failed score is NaN: it has no part in any statistic, and its advantage is NaN, which methods take for 0. In a group
+without spread it is 0 exactly, not a rounding error divided by a small number.
+
+`rank` is pairwise: with w_i the share of the others that a sample beats, ties counting half, it is 2 w_i - 1.
+
+Beside a divergence from the reference `rloo` alone is to scale. The mean of `group_mean` and its like has the sample
+itself in it, which makes the gradient of the reward (G - 1) / G of what it is: the divergence weighs G / (G - 1) more.
 """
 
 from __future__ import annotations

@@ -17,15 +17,14 @@ rewards" (B²-DiffuRL, CVPR), and the authors' code. Departures:
 - Every training step has its window, m = floor(N (w + (1 - w) step / max_train_steps) + 1/2), where the code has 100
   stages. With w = 0.7 both begin with 14 of 20 steps.
 - The advantage is that of `ddpo`, by default the history of the prompt; the code's is over eight stages.
-- A step without any selected branch changes nothing but Adam's moments; the code stops with an error.
+- A step without any selected branch changes nothing; the code stops with an error.
 - Between two groups of one prompt nothing is compared: they have ids of their own where prompts repeat.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,8 +33,7 @@ from diffalign.data import Prompt
 from diffalign.finetune.ddpo import DDPO
 from diffalign.finetune.trainer import TRAINERS
 from diffalign.finetune.trajectory_config import B2DiffuRLConfig
-from diffalign.policies import Condition, Policy
-from diffalign.rewards import Reward
+from diffalign.policies import Condition
 from diffalign.rollout import Trajectory, branched_rollout
 
 
@@ -61,11 +59,6 @@ class B2DiffuRL(DDPO):
     config_class = B2DiffuRLConfig
     config: B2DiffuRLConfig
 
-    def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
-        super().__init__(policy, reward, **settings)
-        steps = len(self.schedule)
-        self.loud_steps(torch.arange(steps) >= steps - self.window)
-
     @property
     def compares(self) -> bool:
         """Always: of the branches the best and the worst train."""
@@ -77,6 +70,10 @@ class B2DiffuRL(DDPO):
         done = min(1.0, self.step / self.training.max_train_steps)
         share = self.config.window_start + (1 - self.config.window_start) * done
         return max(1, math.floor(share * len(self.schedule) + 0.5))
+
+    def within(self) -> Tensor:
+        """The window."""
+        return torch.arange(len(self.schedule)) >= len(self.schedule) - self.window
 
     def sample(self, prompts: Sequence[Prompt], condition: Condition) -> Trajectory:
         """Branches of one trajectory for each prompt."""

@@ -42,6 +42,13 @@ class TrainingConfig(Settings):
         "layers; adam_weight_decay shrinks A and B each for itself",
     )
     max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of a moving average of the adapter over optimiser updates, which is then validated, compared and "
+        "saved in its place; it rises to this as (1 + n) / (10 + n), as in diffusers",
+    )
     max_train_steps: PositiveInt = 100
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: Literal["step", "block", "none"] = Field(

@@ -150,7 +150,7 @@ class Dragon(ForwardTrainer):
         return halves(rewards) if self.config.paired else halves(rewards.reshape(1, -1)).reshape(rewards.shape)
 
     def weigh(self, parts: list[Part], prompts: Sequence[Prompt]) -> None:
-        """Divide the step's samples, and count the good ones of each update over all processes."""
+        """Divide the step's samples, and count those of each update over all processes."""
         if not self._swaps:
             labels_of_all = self.weights(self.rewards_of(parts))
         else:
@@ -161,16 +161,17 @@ class Dragon(ForwardTrainer):
             for part in parts:
                 part.sums |= {name: torch.tensor(value * len(part)) for name, value in values.items()}
         found = self.own(labels_of_all, parts)
-        counts = torch.tensor([int((labels > 0).sum()) for labels in found], device=self.policy.device)
+        counts = torch.tensor([int(labels.count_nonzero()) for labels in found], device=self.policy.device)
         counts = self.accelerator.reduce(counts, reduction="sum").tolist()
         for part, labels, count in zip(parts, found, counts, strict=True):
-            part.advantages, part.pairs = labels, count
+            # Unpaired, a minibatch may have more of one set: each sample counts the same all the same.
+            part.advantages, part.pairs = labels, count / 2
 
     def minimise(self, part: Part) -> tuple[dict[str, Tensor], Ledger]:
         """One evaluation with gradient for each sample of the two sets and draw, and one of the reference."""
         kto = self.config.contrast == "kto"
         point = self.reference_point(part) if kto else None
-        count = max(part.pairs, 1) * self.config.timesteps_per_sample
+        count = (part.pairs or 1) * self.config.timesteps_per_sample
         zero, ledger = torch.zeros((), device=self.policy.device), Ledger()
         sums = dict.fromkeys(("loss", "implicit_chosen", "implicit_rejected", "prediction_mse"), zero)
         for draw in self.draws(part):
@@ -196,7 +197,7 @@ class Dragon(ForwardTrainer):
             for draw in self.draws(part):
                 total = total + (self.implicit(draw)[0] * draw.weight.abs()).sum()
         total = self.accelerator.reduce(total, reduction="sum")
-        return (total / (2 * max(part.pairs, 1) * self.config.timesteps_per_sample)).clamp(min=0)
+        return (total / (2 * (part.pairs or 1) * self.config.timesteps_per_sample)).clamp(min=0)
 
     def implicit(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """(h (B,) with its graph, the mean square of the difference of the two predictions (B,))."""
@@ -231,9 +232,10 @@ class Dragon(ForwardTrainer):
         assert part.advantages is not None
         return part.advantages
 
-    def probe(self, prompts: Sequence[Prompt]) -> None:
+    def probe(self, prompts: Sequence[Prompt]) -> int:
         """Samples, scores, and the gradient of one draw of all of them."""
         part, _ = self.collect(prompts)
         rows = torch.arange(len(part))
         draw = self.draw(part, rows, torch.zeros_like(rows), torch.ones(len(part), dtype=torch.float64))
         self.implicit(draw)[0].sum().backward()
+        return part.bytes_per_image

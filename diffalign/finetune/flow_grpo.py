@@ -10,6 +10,8 @@ The clipped ratio of `policy_gradient`, with advantages relative to the group of
       log rho = (2 dmu (x - mu_old) - dmu^2) / (2 S^2)    has mean -dmu^2 / (2 S^2) and a size of 1 / S, and
       log rho' = S (log rho + mean(dmu^2) / (2 S^2))      has mean 0 and one size for all steps.
 
+  It weighs steps by S, and a divergence from the reference is not weighed so: the two together have no one beta.
+
 Sources: Liu et al. 2025, Flow-GRPO (arXiv 2505.05470); Li et al. 2025, MixGRPO (arXiv 2507.21802); Xue et al. 2025,
 DanceGRPO (arXiv 2505.07818); Wang & Yu 2025, Flow-CPS (arXiv 2509.05952); Wang et al. 2025, GRPO-Guard (arXiv
 2510.22319). Departures:

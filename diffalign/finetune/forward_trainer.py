@@ -182,8 +182,9 @@ class ForwardTrainer(OnlineTrainer):
         (total / (self.images * self.config.timesteps_per_sample)).backward()
         return {name: value.detach() for name, value in (found | {"loss": total}).items()}
 
-    def probe(self, prompts: Sequence[Prompt]) -> None:
+    def probe(self, prompts: Sequence[Prompt]) -> int:
         """Samples, scores, and the gradient of one draw of all of them."""
         part, _ = self.collect(prompts)
         rows, ones = torch.arange(len(part)), torch.ones(len(part))
         self._backward(self.draw(part, rows, torch.zeros_like(rows), ones), ones)
+        return part.bytes_per_image

@@ -28,7 +28,7 @@ Departures:
   x_t the clean latents, and so the loss, are the same for all.
 - Each of K levels of the sampler is trained once; the code takes a random 9 of its 10, without the tenth.
 - Groups are divided by the spread as it is, where the code adds 1e-4 to it.
-- The weights that are saved and judged are those of the policy; the code judges their moving average, of decay 0.9.
+- The weights that are saved and judged are those of the policy; the code judges their moving average: `ema_decay: 0.9`.
 - A failed score trains nothing.
 """
 

@@ -42,7 +42,7 @@ class Part:
         features: by the name of a set reward what it saw of the samples, (B, D), NaN where that failed.
         advantages: (B,) on the host, of methods that weigh their samples.
         passes: how often it has been trained on before.
-        pairs: of PRDP and DRAGON, over all processes.
+        pairs: of PRDP and DRAGON, over all processes; of unpaired samples half their number.
         reference: of PRDP, the reference's Gaussian of each trained step.
     """
 
@@ -54,11 +54,18 @@ class Part:
     features: dict[str, Tensor] = field(default_factory=dict)
     advantages: Tensor | None = None
     passes: int = 0
-    pairs: int = 0
+    pairs: float = 0
     reference: dict[int, Normal] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def bytes_per_image(self) -> int:
+        """What stays of a sample from its rollout to its last update: latents, Gaussians and the encoded prompt."""
+        states, gaussians = self.trajectory.states or [self.trajectory.latents], self.trajectory.transitions or []
+        tensors = [*states, *(n.mean for n in gaussians if n is not None), *self.condition.tensors.values()]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None) // len(self)
 
 
 class OnlineTrainer(Trainer):

@@ -36,6 +36,7 @@ from diffalign.finetune.trajectory import TrajectoryTrainer
 from diffalign.finetune.trajectory_config import PolicyGradientConfig
 from diffalign.laws import Normal
 from diffalign.ledger import Ledger
+from diffalign.noise import generator
 from diffalign.policies import Condition, Policy
 from diffalign.rewards import Reward
 from diffalign.rollout import Trajectory
@@ -48,8 +49,8 @@ class PolicyGradient(TrajectoryTrainer):
 
     def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
         super().__init__(policy, reward, **settings)
-        loud = len(self.loud_steps(self.law().stds(self.schedule) > 0))
-        if self.regularised and loud > 1 and self.count_trained(loud) == 1:
+        loud = len(self.loud_steps(self.within()))
+        if self.regularised and loud > 1 and self._count_trained(loud) == 1:
             raise ValueError(
                 f"timestep_fraction = {self.config.timestep_fraction:g} trains one of {loud} steps, and what later "
                 "ones diverge is then unknown: with kl_weight or chi2_weight raise it"
@@ -85,6 +86,16 @@ class PolicyGradient(TrajectoryTrainer):
         for part, own in zip(parts, self.own(advantages, parts), strict=True):
             part.advantages = own
 
+    def trained(self, trajectory: Trajectory) -> list[int]:
+        """Of the loud steps the chosen share."""
+        steps = super().trained(trajectory)
+        order = generator(self.training.seed, "timesteps", self.step).permutation(len(steps))
+        return [steps[i] for i in sorted(order[: self._count_trained(len(steps))].tolist())]
+
+    def _count_trained(self, loud: int) -> int:
+        """Of so many steps how many are trained on."""
+        return max(1, round(self.config.timestep_fraction * loud))
+
     def minimise(self, part: Part) -> tuple[dict[str, Tensor], Ledger]:
         """One evaluation with gradient for each step and sample that has an advantage, or is held to the reference."""
         assert part.advantages is not None
@@ -94,32 +105,34 @@ class PolicyGradient(TrajectoryTrainer):
         names = ("loss", "ratio", "clip_fraction", *(("kl",) if self.regularised else ()))
         names += ("chi2",) if self.config.chi2_weight else ()
         sums, ledger = dict.fromkeys(names, zero), Ledger()
-        advantages = part.advantages.to(zero)
-        needed = part.advantages.ne(0) | (self.regularised or self.policy.blocks_are_sharded)
-        whole, count = bool(needed.all()), int(needed.sum())
-        kept = slice(None) if whole else needed.nonzero().flatten()
+        advantages, scored = part.advantages.to(zero), ~part.rewards.isnan()
+        needed = part.advantages.ne(0) | (scored & self.regularised) | self.policy.blocks_are_sharded
+        index, count = needed.nonzero().flatten(), int(needed.sum())
+        kept = slice(None) if count == len(part) else index
         trajectory, condition = part.trajectory.rows(kept), part.condition.rows(kept)
-        later = torch.zeros_like(advantages)  # what the steps after this one cost
+        scored = scored.to(zero.device)
+        later = torch.zeros_like(advantages).masked_fill(~scored, torch.nan)  # what the steps after this one cost
         for step in reversed(steps):
             # Given that this step is trained, each later one is with the probability (n - 1) / (N - 1).
             charged = advantages - self._about_others(later) * (loud - 1) / max(len(steps) - 1, 1)
             cost = self.policy.evaluations_per_prediction(self.scale(step)) * count
             for rows in self.micro_batches(count):
                 found = self._step(trajectory.rows(rows), condition.rows(rows), step, charged[kept][rows])
+                # With FSDP failed ones are evaluated too.
+                found = {name: value.where(scored[kept][rows], zero) for name, value in found.items()}
                 (found["loss"].sum() / (self.images * len(steps))).backward()
-                if self.regularised:  # and so all are kept
-                    later[rows] += found["cost"]
+                later[index[rows]] += found["cost"]
                 sums = {name: value + found[name].detach().sum() / len(steps) for name, value in sums.items()}
             ledger.denoiser_evaluations += cost * (2 if self.regularised else 1)
             ledger.backward_passes += cost
-        for name in ("ratio", "clip_fraction"):  # of what was evaluated
-            sums[name] = sums[name] * len(part) / max(count, 1)
+        for name in ("ratio", "clip_fraction"):  # of what was evaluated; where nothing was, nothing has moved
+            sums[name] = sums[name] * len(part) / count if count else zero + len(part) * (name == "ratio")
         return sums | {"zero_variance": flat.sum() * self.training.group_size}, ledger
 
     def _about_others(self, costs: Tensor) -> Tensor:
-        """Costs (B,) less the mean of the others of each group; those of a group of one as they are."""
+        """Costs (B,) less the mean of the others of each group, in a group of one as they are; 0 where they are NaN."""
         group = self.training.group_size
-        return costs if group == 1 else rloo(costs.reshape(-1, group)).flatten()
+        return (costs if group == 1 else rloo(costs.reshape(-1, group)).flatten()).nan_to_num(0.0)
 
     def _step(self, trajectory: Trajectory, condition: Condition, step: int, advantage: Tensor) -> dict[str, Tensor]:
         """(B,) each: the loss at one step, with its graph, what is reported, and what its divergence costs."""

@@ -11,12 +11,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from diffalign.data import Prompt, PromptSampler
@@ -127,7 +129,9 @@ class Trainer:
             num_warmup_steps=self.training.lr_warmup_steps,
             num_training_steps=self.training.max_train_steps,
         )
-        self.step = 0  # optimiser steps taken
+        decay = self.training.ema_decay
+        self.ema = None if decay is None else EMAModel(self.parameters, decay, foreach=True)
+        self.step = 0  # training steps taken, each of one optimiser update or more
 
     def accumulate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Ledger]:
         """Adds this process's share of the gradient of the step `self.step`, for `prompts` (this process's own).
@@ -147,12 +151,14 @@ class Trainer:
         """Of the prompts of all processes this one's own."""
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def probe(self, prompts: Sequence[Prompt]) -> None:
+    def probe(self, prompts: Sequence[Prompt]) -> int:
         """Adds some gradient at the memory of a step whose images are all differentiated at once.
 
-        Nothing but gradients changes. By default a step up to its optimiser, as `accumulate` has it.
+        Nothing but gradients changes. By default a step up to its optimiser, as `accumulate` has it. Returns the bytes
+        that an image takes while others are differentiated.
         """
         self.accumulate(prompts)
+        return 0
 
     def rows_at_once(self, count: int) -> int:
         """Of `count` images of this process those that are evaluated together."""
@@ -170,7 +176,7 @@ class Trainer:
         steps: int | None = None,
         on_step: Callable[[Row], object] | None = None,
     ) -> History:
-        """Trains for `steps` optimiser steps (default: up to `max_train_steps`) and returns a row of metrics for each.
+        """Trains for `steps` training steps (default: up to `max_train_steps`) and returns a row of metrics for each.
 
         `on_step` is called with each row. `train` continues where the last call ended.
         """
@@ -229,7 +235,22 @@ class Trainer:
         row = {**self._means(sums), **penalty, "grad_norm": float(grad_norm)}
         self._refuse(row)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
         return row
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the adapter is its moving average, where `ema_decay` asks for one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
 
     def _penalise(self) -> Row:
         """Adds the gradient of `weight_l2`, the same on every process; returns what is reported."""
@@ -253,13 +274,18 @@ class Trainer:
             )
 
     def _sum_gradients(self) -> None:
-        """Makes every process hold the same gradient, the sum of all: one collective over one flat tensor."""
+        """Makes every process hold the same gradient, the sum of all: one collective over one flat tensor.
+
+        A parameter without gradient on any process stays without: the optimiser passes it over, as with one process.
+        """
         if self.accelerator.num_processes == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = self.accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), reduction="sum")
-        for p, g in zip(self.parameters, flat.split([g.numel() for g in grads]), strict=True):
-            p.grad = g.view_as(p)
+        have = grads[0].new_tensor([p.grad is not None for p in self.parameters])
+        flat = self.accelerator.reduce(torch.cat([have, *(g.reshape(-1) for g in grads)]), reduction="sum")
+        have, *summed = flat.split([len(grads), *(g.numel() for g in grads)])
+        for p, g, any_has in zip(self.parameters, summed, have.tolist(), strict=True):
+            p.grad = g.view_as(p) if any_has else None
 
     def _means(self, sums: dict[str, Tensor]) -> Row:
         """Sums over this process's images -> means over all; one read from the device for all metrics."""
@@ -285,6 +311,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "rewards": [reward.state_dict() for reward in self._rewards()],
+            "ema": self.ema and {"updates": self.ema.optimization_step, "adapter": self.ema.shadow_params},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -303,4 +330,7 @@ class Trainer:
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         for reward, its in zip(self._rewards(), state["rewards"], strict=True):
             reward.load_state_dict(its)
+        if self.ema is not None and state.get("ema"):  # without one in the checkpoint the average begins there
+            self.ema.optimization_step = state["ema"]["updates"]
+            self.ema.shadow_params = [p.to(self.policy.device) for p in state["ema"]["adapter"]]
         self.step = state["step"]

@@ -1,7 +1,7 @@
 """The methods that train on recorded trajectories: every state is kept, and the Gaussian that it was drawn from.
 
-Those Gaussians are the old policy. On the first update the policy is the old one: with the same rows evaluated together
-as in sampling, which is how it is done here, log-ratios are exactly 0.
+Those Gaussians are the old policy. On the first update the policy is the old one, and log-ratios are exactly 0 where
+the same rows are evaluated together as in sampling: they are, but where samples that train nothing are left out.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffalign.data import Prompt
-from diffalign.finetune.online import OnlineTrainer
+from diffalign.finetune.online import OnlineTrainer, Part
 from diffalign.finetune.trajectory_config import TrajectoryConfig
 from diffalign.laws import Law, Normal, default_law
-from diffalign.noise import generator
+from diffalign.ledger import Ledger
 from diffalign.policies import Condition, Policy
 from diffalign.rewards import Reward
 from diffalign.rollout import Trajectory, rollout, transition
@@ -32,10 +33,9 @@ class TrajectoryTrainer(OnlineTrainer):
 
     def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
         super().__init__(policy, reward, **settings)
-        stds = self.law().stds(self.schedule)
-        if not (stds > 0).any():
+        if not (self.law().stds(self.schedule) > 0).any():
             raise ValueError("no step of this chain draws noise, so none has a density: raise num_inference_steps")
-        self.loud_steps(stds > 0)
+        self.loud_steps(self.within())
 
     def law(self) -> Law:
         """The law of this training step's samples."""
@@ -60,6 +60,16 @@ class TrajectoryTrainer(OnlineTrainer):
             record_transitions=True,
         )
 
+    def collect(self, prompts: Sequence[Prompt]) -> tuple[Part, Ledger]:
+        """Sample and score; where the score failed the trajectory is 0, so that no NaN of it is ever evaluated."""
+        part, ledger = super().collect(prompts)
+        failed, trajectory = part.rewards.isnan(), part.trajectory
+        if failed.any():
+            means = [normal.mean for normal in trajectory.transitions or [] if normal is not None]
+            for tensor in [*(state for state in trajectory.states or [] if state is not None), *means]:
+                tensor[failed.to(tensor.device)] = 0
+        return part, ledger
+
     def transition(self, trajectory: Trajectory, condition: Condition, step: int) -> Normal:
         """The policy's Gaussian of a recorded step."""
         return transition(
@@ -72,6 +82,10 @@ class TrajectoryTrainer(OnlineTrainer):
             guidance_scale=self.guidance_scale,
             micro_batch_size=self.rows_at_once(len(condition)),
         )
+
+    def within(self) -> Tensor:
+        """(N,) mask of the steps among which this training step trains, by default all."""
+        return torch.ones(len(self.schedule), dtype=torch.bool)
 
     def loud_steps(self, among: Tensor) -> list[int]:
         """Of the steps of a mask (N,) those that draw noise, and at least `min_std`. ValueError where none does."""
@@ -86,19 +100,14 @@ class TrajectoryTrainer(OnlineTrainer):
         return steps
 
     def trained(self, trajectory: Trajectory) -> list[int]:
-        """The steps that this training step trains on, ascending: of the loud ones the chosen share."""
-        steps = self.loud_steps(trajectory.stochastic)
-        order = generator(self.training.seed, "timesteps", self.step).permutation(len(steps))
-        return [steps[i] for i in sorted(order[: self.count_trained(len(steps))].tolist())]
+        """The steps that this training step trains on, ascending: by default all loud ones."""
+        return self.loud_steps(trajectory.stochastic)
 
-    def count_trained(self, loud: int) -> int:
-        """Of so many steps how many are trained on."""
-        return max(1, round(self.config.timestep_fraction * loud))
-
-    def probe(self, prompts: Sequence[Prompt]) -> None:
+    def probe(self, prompts: Sequence[Prompt]) -> int:
         """Samples, scores, and the gradient of one step's density of all of them."""
         part, _ = self.collect(prompts)
         step = self.trained(part.trajectory)[-1]
         now = self.transition(part.trajectory, part.condition, step)
         state = part.trajectory.states[step + 1]  # type: ignore[index]
         now.log_prob(state, self.config.reduction, validate=False).sum().backward()
+        return part.bytes_per_image

@@ -26,9 +26,6 @@ class TrajectoryConfig(OnlineConfig):
         description="random steps that draw less noise are not trained on: the gradient of a density grows as 1 / std, "
         "and where hardly anything was drawn it says nothing of the reward",
     )
-    timestep_fraction: float = Field(
-        1.0, gt=0, le=1, description="share of the other random steps that are trained on, anew for each training step"
-    )
 
 
 class PolicyGradientConfig(TrajectoryConfig):
@@ -37,6 +34,9 @@ class PolicyGradientConfig(TrajectoryConfig):
     advantage: Advantage = "group"
     max_advantage: float = Field(5.0, gt=0, description="advantages are clipped to [-this, this]")
     clip_range: float = Field(1e-4, gt=0, description="of a step's ratio, whose logarithm is in `reduction`'s unit")
+    timestep_fraction: float = Field(
+        1.0, gt=0, le=1, description="share of the other random steps that are trained on, anew for each training step"
+    )
     kl_weight: float = Field(
         0.0, ge=0, description="weight of KL(policy || reference), closed form, mean over the steps, in that unit"
     )

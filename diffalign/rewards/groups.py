@@ -11,6 +11,7 @@ from diffalign.rewards.base import Reward
 from diffalign.rewards.combination import Combination, Rows, check_terms, weighted_names
 
 _EPSILON = 1e-8
+_ROUNDING = 1e-6
 
 
 class GroupStandardised(Combination):
@@ -26,7 +27,8 @@ class GroupStandardised(Combination):
     A sample alone in its group, which has no standard deviation, gets NaN there and here 0, its distance from the mean.
 
     Groups are the samples of equal prompts in one call, and failed samples leave them. Where all of a group are equal
-    they get 0, which float64 sees to. No gradient: the sum over a group is 0 whatever its pixels are.
+    up to rounding, to a millionth of their size, they get 0. No gradient: the sum over a group is 0 whatever its
+    pixels are.
 
     Args:
         terms: (reward, weight) pairs.
@@ -49,8 +51,9 @@ class GroupStandardised(Combination):
         for index in prompt_groups(rows.prompts):
             group = values[:, index]
             if len(index) > 1:
-                deviations = group - group.mean(dim=1, keepdim=True)
-                total[index] = weights @ (deviations / (group.std(dim=1, keepdim=True) + _EPSILON))
+                deviations, std = group - group.mean(dim=1, keepdim=True), group.std(dim=1, keepdim=True)
+                rounding = std <= _ROUNDING * group.abs().amax(dim=1, keepdim=True)
+                total[index] = weights @ (deviations / (std + _EPSILON)).masked_fill(rounding, 0.0)
         return total.to(rows.values)
 
 

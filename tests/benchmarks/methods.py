@@ -50,7 +50,8 @@ class Job:
         pipeline: of the zoo.
         recipe: shipped.
         own: what differs from it.
-        steps: of training; None: as many as the budget of samples pays for. Methods on pairs need a number.
+        steps: of training; None: as many as the budget of samples pays for. Methods on pairs need a number, and one
+            that is to spend another budget.
     """
 
     pipeline: str
@@ -70,13 +71,22 @@ BEST_OF_N = (  # at higher rates the policy learns the faults of its own images 
     "method.num_minibatches=16",
     "learning_rate=5e-5",
 )
+GUIDED = (  # four rounds of it; what guidance draws is better than what was learned without
+    "method.guidance_scale=2",
+    f"num_prompts_per_step={REWARD_CALLS // 16}",
+    "group_size=4",
+    "method.num_inner_epochs=4",
+    "method.num_minibatches=8",
+    "learning_rate=2e-4",
+)
 FLOW = ("pipeline.path=zoo:shapes-sd3", "pipeline.max_sequence_length=16")  # few tokens are as good, and faster
 METHODS = {
     "reward_backprop": Job("shapes-sd", "shapes-sd-alignprop"),
     "ddpo": Job("shapes-sd", "shapes-sd-ddpo"),
     "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl"),
+    "b2_diffurl_long": Job("shapes-sd", "shapes-sd-b2-diffurl", steps=39),  # as many evaluations as ddpo
     "prdp": Job("shapes-sd", "shapes-sd-prdp"),
-    "raft": Job("shapes-sd", "shapes-sd-raft"),
+    "raft": Job("shapes-sd", "shapes-sd-raft", GUIDED),
     "sft_best_of_n": Job("shapes-sd", "shapes-sd-raft", BEST_OF_N),
     "diffusion_dpo": Job("shapes-sd", "shapes-sd-dpo", steps=128),
     "flow_grpo": Job("shapes-sd3", "shapes-sd3-flow-grpo", ("method.window=null", "method.min_std=0.1")),
@@ -94,8 +104,8 @@ SEARCHES = {  # name: (pipeline, guidance, n): twice the evaluations with guidan
 }
 
 
-def recipe_of(name: str, seed: int, folder: Path) -> Recipe:
-    """The recipe of a job, with as many training steps as the budget pays for."""
+def recipe_of(name: str, seed: int, folder: Path, *other: str) -> Recipe:
+    """The recipe of a job, changed by `other`, with as many training steps as the budget pays for."""
     job = METHODS[name]
     how = {"num_inference_steps": STEPS, "guidance_scale": 1, "eta": ETA[job.pipeline]}
     drawn_at = [f"evaluation.{key}={value}" for key, value in how.items()]
@@ -108,7 +118,7 @@ def recipe_of(name: str, seed: int, folder: Path) -> Recipe:
         "evaluation.validation_steps=1000",
         "lr_warmup_steps=0",
     ]
-    own = [*trained_at, *job.own, *drawn_at, *few, f"seed={seed}", f"output_dir={folder}"]
+    own = [*trained_at, *job.own, *drawn_at, *few, f"seed={seed}", f"output_dir={folder}", *other]
     recipe = load_recipe(job.recipe, own, absent=["method.pairs"])
     steps = job.steps or REWARD_CALLS // (recipe.num_prompts_per_step * recipe.group_size)
     resume = "latest" if folder.exists() else None

@@ -47,6 +47,7 @@ method:
 prompts: {train: train.jsonl}
 group_size: 4
 learning_rate: 1.0e-3
+ema_decay: 0.9
 output_dir: runs/resume
 """
 PROMPTS = [{"prompt": "a red circle", "id": 7}, {"prompt": "a blue square above a green star", "id": "the other"}]

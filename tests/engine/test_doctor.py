@@ -1,5 +1,6 @@
 """The doctor passes what is well, and each of its checks fails where what it looks at is broken."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,6 +170,28 @@ def test_only_one_minibatch_has_gradients_at_once(built, monkeypatch):
     counts = {"num_prompts_per_step": 8, "group_size": 2, "num_minibatches": 4, "num_inference_steps": 4}
     trainer = trainer_class("ddpo")(built.policy, built.train_reward, **counts)
     assert footprint.footprint(trainer, built.prompts["train"]).images == trainer.images == 4
+
+
+@pytest.mark.parametrize("method", ["ddpo", "raft", "dragon"])
+def test_what_is_kept_of_all_samples_counts(built, monkeypatch, method):
+    """Their encoded prompts, and of a trajectory five states and four Gaussians; in a peak of 1,000 bytes for one
+    sample and twice what is kept more for two."""
+    counts = {"num_prompts_per_step": 8, "group_size": 2, "num_minibatches": 4, "num_inference_steps": 4}
+    trainer = trainer_class(method)(built.policy, built.train_reward, **counts)
+    latent = 4 * math.prod(built.policy.latent_shape())
+    prompt = sum(tensor.nbytes for tensor in built.policy.encode(["a red circle"]).tensors.values())
+    kept = prompt + (9 if method == "ddpo" else 1) * latent
+    peaks = iter([1000, 1000, 1000 + 3 * kept])
+
+    def peak(device, work):
+        work()
+        return next(peaks)
+
+    monkeypatch.setattr(footprint, "peak", peak)
+    found = footprint.footprint(trainer, built.prompts["train"])
+    moments = 2 * 4 * sum(p.numel() for p in trainer.parameters)
+    assert found.per_image == 2 * kept
+    assert found.peak == 1000 + 3 * 2 * kept + 15 * kept + moments
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,23 @@ def test_unpaired_the_better_half_of_the_step_is_good_whatever_its_prompt():
     assert not collected(paired).advantages.any()  # within a prompt all are equal
 
 
+def test_unpaired_minibatches_count_each_sample_the_same_whichever_set_they_have_more_of():
+    """All good ones in one, all bad ones in the other: their mean gradient is that of both at once."""
+    by_prompt = as_reward(lambda images, prompts, metadata: torch.tensor([float(p == PROMPTS[1]) for p in prompts]))
+    prompts = [Prompt(text, i) for i, text in enumerate(PROMPTS)]
+    found = []
+    how = {"contrast": "kto", "paired": False, "dtype": torch.float64, "micro_batch_size": 4}
+    for parts in (1, 2):
+        t = trainer(reward=by_prompt, num_minibatches=parts, **how)
+        collected_parts = [t.collect(prompts[i::parts])[0] for i in range(parts)]
+        t.weigh(collected_parts, prompts)
+        sums = [t.minimise(part)[0] for part in collected_parts]
+        assert [float(each["loss"]) / t.images for each in sums] == [pytest.approx(0.5)] * parts
+        found.append(gradient(t) / parts)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("credit", ["swap", "leave_one_out"])
 def test_a_set_reward_divides_the_step_and_its_value_is_the_reward(credit):
     reward = FrechetReward(exemplars(), colours)

@@ -30,7 +30,7 @@ def test_two_processes_equal_one_with_both_batches(tmp_path, two):
 
 @pytest.mark.verify
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["ddpo", "prdp", "raft", "nft", "dragon", "dragon_kto"])
+@pytest.mark.parametrize("method", ["ddpo", "flat", "prdp", "raft", "nft", "dragon", "dragon_kto"])
 def test_two_processes_equal_one_on_their_own_samples(tmp_path, method):
     """Advantages by the history of all processes, pairs counted and weights made over them, where they have not equally
     many. DRAGON's set is that of both, swapped in the order of the prompts, and KTO's z is of all."""

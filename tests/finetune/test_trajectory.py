@@ -233,12 +233,62 @@ def test_a_failed_score_trains_nothing():
         assert seen[0][0].rewards.isnan().sum() == 3
 
 
+@pytest.mark.parametrize("name", ["ddpo", "grpo", "prdp"])
+def test_a_sample_that_is_not_finite_trains_nothing(name):
+    """Nor is it held to the reference: the gradient is that of a sample whose score alone failed."""
+
+    def failing(images, prompts, metadata):
+        values = redness(images, prompts, metadata)
+        values[:1] = math.nan
+        return values
+
+    gradients = []
+    for value in (None, math.nan, math.inf):
+        t = trainer(name, failing if value is None else redness, num_inner_epochs=1)
+        with torch.no_grad():
+            for p in t.parameters:
+                p.add_(0.05)
+        kept = t.sample
+
+        def broken(*args, kept=kept, value=value):
+            trajectory = kept(*args)
+            means = [normal.mean for normal in trajectory.transitions]
+            for tensor in [] if value is None else [*trajectory.states, *means]:
+                tensor[0] = value
+            return trajectory
+
+        t.sample = broken
+        seen = watch(t)
+        t.train(PROMPTS, steps=1)
+        gradients.append(torch.cat([g.flatten() for g in seen[0][-1]]))
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
+
+
 def test_groups_without_spread_are_counted_and_cost_nothing():
     t = trainer("ddpo", lambda images, prompts, metadata: torch.ones(len(images)))
     row = t.train(PROMPTS, steps=1).rows[0]
-    assert row["zero_variance"] == 1
+    assert (row["zero_variance"], row["ratio"], row["clip_fraction"]) == (1, 1, 0)
     assert row["grad_norm"] == 0
     assert row["backward_passes"] == 0
+
+
+def test_without_a_gradient_the_weights_stay_however_many_processes_there_are(monkeypatch):
+    """Zeros in its place would have Adam move them on, by the gradients of the steps before."""
+    t = trainer("ddpo")
+    t.train(PROMPTS, steps=1)
+    before = copy.deepcopy(t.state_dict())
+    monkeypatch.setattr(type(t.accelerator), "num_processes", 2)
+    monkeypatch.setattr(t.accelerator, "reduce", lambda tensor, reduction: tensor)
+    t.optimizer.zero_grad()
+    t._sum_gradients()
+    t.optimizer.step()
+    torch.testing.assert_close(t.state_dict(), before, rtol=0, atol=0)
+    t.parameters[1].grad = torch.ones_like(t.parameters[1])
+    t._sum_gradients()
+    assert [p.grad is not None for p in t.parameters] == [i == 1 for i in range(len(t.parameters))]
+    assert (t.parameters[1].grad == 1).all()
 
 
 def test_branches_that_do_not_train_cost_no_gradient():
@@ -249,7 +299,7 @@ def test_branches_that_do_not_train_cost_no_gradient():
     assert row["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("name", ["ddpo", "prdp"])
+@pytest.mark.parametrize("name", ["ddpo", "grpo", "prdp"])
 def test_all_processes_make_the_same_calls_where_weights_are_divided(name, monkeypatch):
     """A divided network's call needs all processes: under FSDP what trains nothing is evaluated, without a gradient."""
 
@@ -360,6 +410,11 @@ def test_the_window_grows_to_all_steps():
             lambda: trainer("fast", min_std=0.3, window_share=1.0, num_inference_steps=10),
             "can start at step 7, where 2 in a row draw a noise of 0.282 at most, and min_std = 0.3 leaves none",
         ),
+        (
+            lambda: trainer("b2", kl_weight=0.1, timestep_fraction=0.5),
+            "timestep_fraction = 0.5 trains one of 2 steps, and what later ones diverge is then unknown",
+        ),
+        (lambda: trainer("prdp", timestep_fraction=0.5), "timestep_fraction"),
         (lambda: trainer("ddpo", num_minibatches=3), "does not divide the 2 prompts"),
         (lambda: trainer("score", num_inner_epochs=2), "2 updates a step train on"),
         (lambda: trainer("history", history_size=3), "history_least = 4 is more than history_size = 3"),

@@ -88,3 +88,11 @@ def test_the_shipped_mix_of_dancegrpo_names_what_it_is_made_of():
     assert (preference.reward, preference.weight, clip.weight) == ("hpsv2.1", 0.7, 1.4)
     inner = rewards.REWARD_TYPES.get(clip.reward["type"]).model_validate(clip.reward)
     assert inner.path == "hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
+
+
+def test_rounding_is_no_spread():
+    """Scores that differ in the last bits of a float32 say nothing; over their spread they would say everything."""
+    x = torch.zeros(4, 3, 1, 1)
+    x[:, 0, 0, 0] = torch.tensor([0.3, 0.3, 0.3 + 3e-8, 0.3])
+    assert len(x.unique()) > 2
+    assert not GroupStandardised([(channel(0), 1.0)])(x, ["a"] * 4).value.any()
