@@ -6,8 +6,8 @@
 
 The first are the runs of the benchmark. The second has three times its learning rate, for what is to be stable at large
 steps; the third has many prompts with three samples each, which say less of one another, for what is to gain over many
-prompts. A run that is there is not run again, and a killed one goes on. Curves are of the reward of each training step's
-samples, mean of the last three steps. The table is of 64 validation prompts, two images each, before and after.
+prompts. A run that is there is not run again, and a killed one goes on. Curves are of the reward of each training
+step's samples, mean of the last three steps. The table is of 64 validation prompts, two images each, before and after.
 """
 
 import argparse
