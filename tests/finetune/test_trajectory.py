@@ -33,10 +33,10 @@ METHODS = {
 }
 
 
-def trainer(name, reward=redness, **settings):
+def trainer(name, reward=redness, dtype=torch.float32, **settings):
     method, make, own = METHODS[name]
     torch.manual_seed(0)
-    policy = Policy.wrap(make())
+    policy = Policy.wrap(make(dtype))
     policy.add_lora(rank=2, alpha=2)
     return method(policy, reward, **COMMON | own | settings)
 
@@ -65,6 +65,14 @@ def test_on_the_first_update_the_policy_is_the_old_one(name):
         assert row["clip_fraction"] == 0
         assert row["kl"] == 0 if name in ("grpo", "prdp", "prdp of a flow") else "kl" not in row
         assert row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["ddpo", "grpo", "prdp"])
+def test_in_bfloat16_too(name):
+    """Whose rounding is a hundred times the clip range: what is sampled together is evaluated together."""
+    row = trainer(name, dtype=torch.bfloat16, num_inner_epochs=1, num_minibatches=1).train(PROMPTS, steps=1).rows[0]
+    assert (row["ratio"], row["clip_fraction"]) == (1, 0)
+    assert row["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("name", ["history", "b2", "fast", "prdp"])
@@ -188,6 +196,16 @@ def test_advantages_are_those_of_the_rewards():
     rewards = part.rewards.reshape(2, 3)
     expected = (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, unbiased=False, keepdim=True)
     torch.testing.assert_close(part.advantages, expected.flatten())
+
+
+def test_prompts_of_one_text_and_two_ids_are_two_groups():
+    """Grouped by their text, as in flow_grpo's statistics, the six would be one."""
+    t = trainer("ddpo")
+    seen = watch(t)
+    t.train([Prompt(PROMPTS[0], 0), Prompt(PROMPTS[0], 1)], steps=1)
+    advantages = seen[0][0].advantages.reshape(2, 3)
+    assert advantages.abs().max() > 0.1
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["history", "prdp of a flow"])
