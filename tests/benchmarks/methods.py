@@ -5,13 +5,14 @@
 
 A job is one method with one seed: its shipped recipe, changed as `METHODS` says, in a folder of its own. A killed job
 goes on from its checkpoint, and a finished one is not run again. Everything is drawn in six steps with noise, without
-guidance; there is no warm-up, which would spend samples at a rate near 0. The test prompts are read once, at the end of
-a job, with two images each.
+guidance, but for what `raft` learns from; there is no warm-up, which would spend samples at a rate near 0. The test
+prompts are read at the end of a job, with two images each; the report of its run shows the first eight.
 
-Every method has 4,096 scored samples; denoiser evaluations and time are told beside them. Methods on pairs have the
-best and the worst of four for each of 512 prompts, twice; training on the best of n has the best of 8 for each of 512
-prompts, drawn once from the base. Best-of-n spends the budget on the test images themselves, each of 256 prompts twice;
-with guidance an image costs twice the evaluations, so there are half as many.
+Every method has 4,096 scored samples, but for `b2_diffurl_long`, which has as many evaluations as `ddpo`; evaluations
+and time are told beside them. Methods on pairs have the best and the worst of four for each of 512 prompts, twice;
+training on the best of n has the best of 8 for each of 512 prompts, drawn once from the base, and `raft` the best of 4,
+drawn with guidance in four rounds. Best-of-n spends the budget on the test images themselves, each of 256 prompts
+twice; with guidance an image costs twice the evaluations, so there are half as many.
 """
 
 import argparse

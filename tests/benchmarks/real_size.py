@@ -63,14 +63,19 @@ def parameters(model):
 
 def flops_per_image(model, steps, k):
     """Floating-point operations of a training step for each image, nothing computed twice; see the top."""
+    forward, both, _, decoding = flops(model)
+    return (steps - k) * forward + k * both + decoding
+
+
+def flops(model):
+    """FLOPs of an image's evaluation, of one with its backward pass, of a decoding, of one with its backward pass."""
     policy = Policy.wrap(build(model, "meta"))
     policy.add_lora(rank=RANK, alpha=RANK)
     rows = policy.evaluations_per_prediction(model.guidance_scale)
     condition = policy.embed_guidance(encoded(model, rows), model.guidance_scale)
     x, timestep = torch.empty(rows, *policy.latent_shape(), device="meta"), torch.empty(rows, device="meta")
     latents = x[:1].clone().requires_grad_()
-    forward, both = counted(lambda: policy.evaluate(x, timestep, condition))
-    return (steps - k) * forward + k * both + counted(lambda: policy.decode(latents))[1]
+    return *counted(lambda: policy.evaluate(x, timestep, condition)), *counted(lambda: policy.decode(latents))
 
 
 def encoded(model, rows):
@@ -190,11 +195,11 @@ def reason(error):
     return (said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}")[:200]
 
 
-def in_a_process(cell):
+def in_a_process(cell, script=__file__):
     """The cell with what its own process found; memory of the last one cannot be in the way."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "cell.json")
-        command = [sys.executable, __file__, "--cell", json.dumps(cell), "--out", str(file)]
+        command = [sys.executable, script, "--cell", json.dumps(cell), "--out", str(file)]
         done = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         if file.exists():
             return cell | json.loads(file.read_text())

@@ -7,7 +7,7 @@ import torch
 
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd
-from tests.benchmarks import branched, real_size, trajectory_throughput
+from tests.benchmarks import branched, real_size, real_size_methods, trajectory_throughput
 from tests.benchmarks.real_models import REAL, TINY, build
 
 PUBLISHED = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd35m": 2_243_171_520, "flux1": 11_901_408_320}
@@ -60,6 +60,18 @@ def test_a_row_of_the_table_has_figures_and_one_that_cannot_be_says_why():
     heading, _, *rows = real_size.table({"cells": cells, "models": models}).splitlines()
     assert [row.count("|") for row in rows] == [heading.count("|")] * 2
     assert "xformers" in rows[1]
+
+
+def test_the_methods_of_flows_have_figures_and_a_setting_that_cannot_be_says_why():
+    shared = {"model": "sd35m", "micro_batch_size": 2, "steps": 2, "tiny": True}
+    cells = [shared | {"method": method, "samples": 4} for method in ("flow_grpo", "flow_dpo")]
+    cells = [cell | real_size_methods.measure(cell) for cell in (*cells, cells[0] | {"samples": 2})]
+    assert min(cell[name] for cell in cells[:2] for name in ("images_per_s", "peak_bytes", "flops_per_sample")) > 0
+    # Of two steps with guidance four evaluations and four with a backward pass, of a pair's image one of each.
+    assert 4 < cells[0]["flops_per_sample"] / cells[1]["flops_per_sample"] < 6
+    assert "group_size = 1" in cells[2]["failed"]
+    heading, _, *rows = real_size_methods.table(cells).splitlines()
+    assert [row.count("|") for row in rows] == [heading.count("|")] * 3
 
 
 def test_branches_are_those_that_run_whole_at_fewer_evaluations():
