@@ -11,6 +11,16 @@ JUDGES = {
     "shapes-preference": ("held-out", 1, 2),
     "shapes-oracle": ("oracle, %", 100, 1),
 }
+COMPARED = (
+    ("b2_diffurl", "ddpo"),
+    ("b2_diffurl_long", "ddpo"),
+    ("prdp", "ddpo"),
+    ("b2_diffurl", "raft"),
+    ("prdp", "raft"),
+    ("ddpo", "raft"),
+    ("dragon", "flow_sft_best_of_n"),
+    ("flow_dpo", "flow_sft_best_of_n"),
+)
 SFT = {"shapes-sd": "sft_best_of_n", "shapes-sd3": "flow_sft_best_of_n"}
 
 
@@ -40,6 +50,24 @@ def tables(files):
         for name, found in sorted(groups.items(), key=lambda group: (rank(group[0]), group[0])):
             beside = groups[f"base of {pipeline}"], groups.get(SFT[pipeline], [])
             print(f"| {' | '.join([name, *row(found, *beside)])} |")
+
+    differences(files)
+
+
+def differences(files):
+    """Print one method less another on the seeds that both have, in every judge and in diversity."""
+    groups = {}
+    for each in files:
+        groups.setdefault(each["name"], {})[each["seed"]] = each
+    heads = ["less", "seeds", *(head for head, *_ in JUDGES.values()), "diversity"]
+    print(f"\n| {' | '.join(['', *heads])} |\n{'|---' * (len(heads) + 1)}|")
+    for name, other in COMPARED:
+        seeds = sorted(groups.get(name, {}).keys() & groups.get(other, {}).keys())
+        if seeds:
+            own, theirs = ([groups[key][seed] for seed in seeds] for key in (name, other))
+            cells = [paired(of_prompts(own, j), of_prompts(theirs, j), s, d) for j, (_, s, d) in JUDGES.items()]
+            spread = (np.mean([each["diversity"] for each in group], axis=0) for group in (own, theirs))
+            print(f"| {' | '.join([name, other, str(len(seeds)), *cells, paired(*spread, 1, 4)])} |")
 
 
 def rank(name):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tests.benchmarks.methods import ETA, METHODS, REWARD_CALLS, recipe_of
-from tests.benchmarks.methods_tables import row
+from tests.benchmarks.methods_tables import differences, row
 
 
 def test_every_job_spends_the_budget_of_reward_calls(tmp_path):
@@ -41,3 +41,20 @@ def test_differences_are_paired_by_prompt_and_seed():
     assert cells[4] == f"+0.400 ± {2 * half:.3f} *"
     assert row([of(base, 1)], before, tuned)[4] == row(tuned, before, tuned)[4] == ""
     assert cells[5:] == ["0.250", "", "1,024", "6,144", ""]
+
+
+def test_one_method_less_another_is_on_the_seeds_that_both_have(capsys):
+    base = np.random.default_rng(0).normal(size=(16, 2))
+    judges = ("shapes-clip", "shapes-preference", "shapes-oracle")
+
+    def of(name, seed, shift):
+        return {
+            "name": name,
+            "seed": seed,
+            "scores": dict.fromkeys(judges, (base + shift).tolist()),
+            "diversity": [0.25, 0.5],
+        }
+
+    differences([of("prdp", 0, 0.5), of("prdp", 1, 9), of("ddpo", 0, 0.25), of("ddpo", 2, 9)])
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("| prdp | ddpo | 1 | +0.250 ± 0.000 * | +0.25 ± 0.00 * | +25.0 ± 0.0 * | +0.0000 ± 0.0000 |")
