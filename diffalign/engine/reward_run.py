@@ -71,10 +71,11 @@ def _train(recipe: Recipe, policy: Policy, judges: Mapping[str, Reward], splits:
         write_resolved(recipe, output_dir / "config.yaml")
     with closing(Metrics(output_dir, recipe.report_to, resume_step=step, accelerator=trainer.accelerator)) as metrics:
         if step == 0:
-            metrics.append({"step": 0, **validation(reward, splits["validation"])})
-        loop(run, metrics, lambda: validation(reward, splits["validation"]), progress(run))
+            metrics.append({"step": 0, **validation(trainer, splits["validation"])})
+        loop(run, metrics, lambda: validation(trainer, splits["validation"]), progress(run))
     if run.is_main:
-        write(output_dir / "reward", reward, noisy.accuracies(reward, splits["test"]), splits["test"])
+        with trainer.averaged():
+            write(output_dir / "reward", reward, noisy.accuracies(reward, splits["test"]), splits["test"])
     trainer.accelerator.wait_for_everyone()
     return output_dir / "reward" / "README.md"
 
@@ -132,9 +133,10 @@ def draw(
     return {name: torch.cat([part[name] for part in parts]) for name in ("latents", "values")}
 
 
-def validation(reward: noisy.NoisyReward, choices: noisy.Choices) -> Row:
+def validation(trainer: NoisyRewardTrainer, choices: noisy.Choices) -> Row:
     """Accuracy on the validation choices by objective and noise coefficient."""
-    table = noisy.accuracies(reward, choices)
+    with trainer.averaged():
+        table = noisy.accuracies(trainer.learner, choices)
     return {f"validation/{name}@{at}": share for name, row in table.items() for at, share in row.items()}
 
 

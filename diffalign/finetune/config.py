@@ -46,8 +46,8 @@ class TrainingConfig(Settings):
         None,
         gt=0,
         lt=1,
-        description="of a moving average of the adapter over optimiser updates, which is then validated, compared and "
-        "saved in its place; it rises to this as (1 + n) / (10 + n), as in diffusers",
+        description="of a moving average of what is trained over optimiser updates, which is then validated, compared "
+        "and saved in its place; it rises to this as (1 + n) / (10 + n), as in diffusers",
     )
     max_train_steps: PositiveInt = 100
     mixed_precision: Literal["no", "bf16"] = "no"

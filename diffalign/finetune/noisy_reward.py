@@ -25,13 +25,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from diffalign.data import Prompt
 from diffalign.finetune.config import TrainingConfig
 from diffalign.finetune.noisy_reward_config import NoisyRewardConfig
-from diffalign.finetune.trainer import Row, StepFailed, Trainer, make_optimizer
+from diffalign.finetune.trainer import Row, StepFailed, Trainer
 from diffalign.laws import Level
 from diffalign.ledger import Ledger
 from diffalign.noise import generator, normal
@@ -75,15 +74,7 @@ class NoisyRewardTrainer(Trainer):
         self.schedule = self.policy.schedule(noisy.LEVELS)
         process_state()
         self.accelerator = Accelerator(mixed_precision=self.training.mixed_precision)
-        self.parameters = list(reward.heads.requires_grad_(True).parameters())
-        self.optimizer = make_optimizer(self.parameters, self.training)
-        self.lr_scheduler = get_scheduler(
-            self.training.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=self.training.lr_warmup_steps,
-            num_training_steps=self.training.max_train_steps,
-        )
-        self.step = 0
+        self._learn(list(reward.heads.requires_grad_(True).parameters()))
 
     def accumulate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Ledger]:
         """One reading without gradient by the frozen blocks, and a backward pass through the heads."""
@@ -143,12 +134,8 @@ class NoisyRewardTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to be bit-equal."""
-        return {
-            "step": self.step,
-            "heads": {name: t.detach() for name, t in self.learner.heads.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-        }
+        heads = {name: t.detach() for name, t in self.learner.heads.state_dict().items()}
+        return self._progress() | {"heads": heads}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for heads of another recipe."""
@@ -156,6 +143,4 @@ class NoisyRewardTrainer(Trainer):
             self.learner.heads.load_state_dict(state["heads"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint's heads and this recipe's differ: {error}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.step = state["step"]
+        self._load_progress(state)

@@ -121,8 +121,12 @@ class Trainer:
         if self.accelerator.distributed_type == DistributedType.FSDP:
             policy.shard_blocks()
         policy.set_gradient_checkpointing(self.training.gradient_checkpointing == "block")
-        self.parameters = list(policy.trainable().values())
-        self.optimizer = make_optimizer(self.parameters, self.training)
+        self._learn(list(policy.trainable().values()))
+
+    def _learn(self, parameters: list[nn.Parameter]) -> None:
+        """Makes the optimiser of some parameters, and what goes with it."""
+        self.parameters = parameters
+        self.optimizer = make_optimizer(parameters, self.training)
         self.lr_scheduler = get_scheduler(
             self.training.lr_scheduler,
             self.optimizer,
@@ -130,7 +134,7 @@ class Trainer:
             num_training_steps=self.training.max_train_steps,
         )
         decay = self.training.ema_decay
-        self.ema = None if decay is None else EMAModel(self.parameters, decay, foreach=True)
+        self.ema = None if decay is None else EMAModel(parameters, decay, foreach=True)
         self.step = 0  # training steps taken, each of one optimiser update or more
 
     def accumulate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Ledger]:
@@ -241,7 +245,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the context the adapter is its moving average, where `ema_decay` asks for one."""
+        """Within the context the parameters are their moving average, where `ema_decay` asks for one."""
         if self.ema is None:
             yield
             return
@@ -305,14 +309,28 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to be bit-equal: randomness is addressed by step and needs no state."""
+        return self._progress() | {
+            "adapter": {name: p.detach() for name, p in self.policy.trainable().items()},
+            "rewards": [reward.state_dict() for reward in self._rewards()],
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        """What `_learn` made, and how far it is."""
         return {
             "step": self.step,
-            "adapter": {name: p.detach() for name, p in self.policy.trainable().items()},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "rewards": [reward.state_dict() for reward in self._rewards()],
-            "ema": self.ema and {"updates": self.ema.optimization_step, "adapter": self.ema.shadow_params},
+            "ema": self.ema and {"updates": self.ema.optimization_step, "parameters": self.ema.shadow_params},
         }
+
+    def _load_progress(self, state: dict[str, Any]) -> None:
+        """Takes back what `_progress` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None and state.get("ema"):  # without one in the checkpoint the average begins there
+            self.ema.optimization_step = state["ema"]["updates"]
+            self.ema.shadow_params = [p.to(self.policy.device) for p in state["ema"]["parameters"]]
+        self.step = state["step"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; ValueError for the adapter of another recipe."""
@@ -326,11 +344,6 @@ class Trainer:
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(state["adapter"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         for reward, its in zip(self._rewards(), state["rewards"], strict=True):
             reward.load_state_dict(its)
-        if self.ema is not None and state.get("ema"):  # without one in the checkpoint the average begins there
-            self.ema.optimization_step = state["ema"]["updates"]
-            self.ema.shadow_params = [p.to(self.policy.device) for p in state["ema"]["adapter"]]
-        self.step = state["step"]
+        self._load_progress(state)

@@ -8,6 +8,7 @@ import torch
 from diffalign.config import load_recipe
 from diffalign.engine import reward_run, run
 from diffalign.engine.run import Interrupted
+from diffalign.engine.state import load_tree
 from diffalign.policies import Policy
 from diffalign.rewards.noisy import NoisyReward
 
@@ -40,7 +41,8 @@ def recipe(folder, *overrides):
 
 
 def test_a_recipe_leaves_a_reward_its_metrics_and_a_card(policy, tmp_path):
-    card = reward_run.train_reward(recipe(tmp_path), policy)
+    """Of the moving average of its heads."""
+    card = reward_run.train_reward(recipe(tmp_path, "ema_decay=0.9"), policy)
     run = tmp_path / "run"
     assert card == run / "reward" / "README.md"
     assert "| shapes-preference | " in card.read_text()
@@ -51,6 +53,10 @@ def test_a_recipe_leaves_a_reward_its_metrics_and_a_card(policy, tmp_path):
     assert rows[1]["nfe"] == 2 * 2
     reward = NoisyReward.load(run / "reward", policy)
     assert reward.weights == {"shapes-preference": 2.0, "jpeg-size": 1.0}
+    state = load_tree(run / "checkpoints" / "step-000003")
+    for name, average in zip(dict(reward.heads.named_parameters()), state["ema"]["parameters"], strict=True):
+        assert torch.equal(reward.heads.get_parameter(name), average)
+        assert not torch.equal(state["heads"][name], average)
     assert set(json.loads((run / "reward" / "figures.json").read_text())) == set(reward.objectives)
 
 

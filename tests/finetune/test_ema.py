@@ -91,5 +91,7 @@ output_dir: run
     state = load_tree(tmp_path / "with" / "checkpoints" / "step-000003")
     loaded = Policy.wrap(tiny_sd())
     loaded.load_lora(str(tmp_path / "with" / "lora"))
-    assert_equal([p.detach() for p in loaded.trainable().values()], state["ema"]["adapter"], rtol=1e-6, atol=1e-8)
-    assert any(not torch.equal(a, b) for a, b in zip(state["ema"]["adapter"], state["adapter"].values(), strict=True))
+    assert_equal([p.detach() for p in loaded.trainable().values()], state["ema"]["parameters"], rtol=1e-6, atol=1e-8)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(state["ema"]["parameters"], state["adapter"].values(), strict=True)
+    )
