@@ -54,9 +54,9 @@ def test_a_recipe_leaves_a_reward_its_metrics_and_a_card(policy, tmp_path):
     reward = NoisyReward.load(run / "reward", policy)
     assert reward.weights == {"shapes-preference": 2.0, "jpeg-size": 1.0}
     state = load_tree(run / "checkpoints" / "step-000003")
-    for name, average in zip(dict(reward.heads.named_parameters()), state["ema"]["parameters"], strict=True):
-        assert torch.equal(reward.heads.get_parameter(name), average)
-        assert not torch.equal(state["heads"][name], average)
+    averages = dict(zip(dict(reward.heads.named_parameters()), state["ema"]["parameters"], strict=True))
+    assert all(torch.equal(reward.heads.get_parameter(name), average) for name, average in averages.items())
+    assert not all(torch.equal(state["heads"][name], average) for name, average in averages.items())
     assert set(json.loads((run / "reward" / "figures.json").read_text())) == set(reward.objectives)
 
 
