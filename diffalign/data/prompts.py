@@ -132,8 +132,8 @@ class PromptSampler:
     """Which prompts a step sees: shuffled epochs without replacement, a pure function of (seed, step).
 
     An epoch has len(prompts) // num_prompts_per_step steps; the few prompts that are left over wait for another epoch's
-    shuffle. So no step holds a prompt twice; prompts of
-    one text and two ids are two prompts, but for rewards that compare the samples of a text.
+    shuffle. So no step holds a prompt twice; prompts of one text and two ids are two, but for rewards that compare the
+    samples of a text.
 
     Raises ValueError if a step asks for more prompts than there are.
     """

@@ -107,7 +107,7 @@ class PolicyGradient(TrajectoryTrainer):
         sums, ledger = dict.fromkeys(names, zero), Ledger()
         advantages, scored = part.advantages.to(zero), ~part.rewards.isnan()
         needed = part.advantages.ne(0) | (scored & self.regularised) | self.policy.blocks_are_sharded
-        index, count = needed.nonzero().flatten(), int(needed.sum())
+        index, count = needed.nonzero().flatten().to(zero.device), int(needed.sum())
         kept = slice(None) if count == len(part) else index
         trajectory, condition = part.trajectory.rows(kept), part.condition.rows(kept)
         scored = scored.to(zero.device)
