@@ -1,6 +1,6 @@
 """B²-DiffuRL and PRDP beside DDPO: the curves of three tries to see what their papers say of them.
 
-    python -m tests.benchmarks.methods --only ddpo b2_diffurl prdp                  # the first try, three seeds
+    python -m tests.benchmarks.methods --only ddpo b2_diffurl prdp b2_diffurl_long  # the first try, three seeds
     python -m tests.benchmarks.method_curves --only ddpo b2_diffurl prdp            # two more, of one seed each
     python -m tests.benchmarks.method_curves --plot runs/curves/method-curves.png
 
@@ -24,7 +24,12 @@ from diffalign.engine.run import train
 from diffalign.engine.tracking import read_metrics
 from tests.benchmarks.methods import recipe_of
 
-NAMES = {"ddpo": "DDPO", "b2_diffurl": "B²-DiffuRL", "prdp": "PRDP"}
+NAMES = {
+    "ddpo": "DDPO",
+    "b2_diffurl": "B²-DiffuRL",
+    "prdp": "PRDP",
+    "b2_diffurl_long": "B²-DiffuRL, as many evaluations as DDPO",
+}
 SEEDS = (0, 1, 2)
 TRIES = {"rate": ("learning_rate=3e-3",), "prompts": ("num_prompts_per_step=64", "group_size=3")}
 TITLES = {"benchmark": "As in the benchmark, three seeds", "rate": "Rate of 3e-3", "prompts": "64 prompts, 3 samples"}
@@ -72,7 +77,7 @@ def plot(methods: Path, out: Path, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("reward of the samples")
-    axes[0, 0].legend(frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=len(NAMES))
     figure.savefig(path, dpi=100)
 
 
@@ -94,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/curves"))
     parser.add_argument("--methods", type=Path, default=Path("runs/methods"), help="where the benchmark's runs are")
-    parser.add_argument("--only", nargs="*", choices=list(NAMES), default=[], help="run these")
+    parser.add_argument("--only", nargs="*", choices=["ddpo", "b2_diffurl", "prdp"], default=[], help="run these")
     parser.add_argument("--tries", nargs="+", choices=list(TRIES), default=list(TRIES))
     parser.add_argument("--plot", type=Path, help="write the picture of what is there")
     args = parser.parse_args()
