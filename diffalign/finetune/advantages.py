@@ -27,16 +27,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_SPREAD = 1e-6
-"""A standard deviation below this share of the rewards' size is rounding."""
+from diffalign.rewards import infinite_where_rounding
 
 
 def _mean_std(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of the rows of (P, G), over what is not NaN; (P, 1) each."""
     mean = rewards.nanmean(1, keepdim=True)
     std = (rewards - mean).square().nanmean(1, keepdim=True).sqrt()
-    rounding = _SPREAD * rewards.abs().nan_to_num(0).amax(1, keepdim=True)
-    return mean, torch.where(std > rounding, std, torch.inf)
+    return mean, infinite_where_rounding(std, rewards)
 
 
 def group(rewards: Tensor) -> Tensor:

@@ -147,8 +147,7 @@ class ForwardTrainer(OnlineTrainer):
             draws: (N,) which draw of each, 0 .. K - 1.
             weights: (B,) of all samples of the part.
         """
-        # Without the NaN of a failed sample, which under FSDP is evaluated too.
-        latents, weight = part.trajectory.latents[rows].nan_to_num(), weights[rows].nan_to_num(0.0)
+        latents, weight = part.trajectory.latents[rows], weights[rows].nan_to_num(0.0)
         at = [(part.prompts[i].id, self.step, i % self.training.group_size, part.passes) for i in rows.tolist()]
         where = {"seed": self.training.seed, "purpose": "forward", "rows": at, "step": draws.tolist()}
         noise = normal(latents.shape[1:], device=self.policy.device, dtype=latents.dtype, **where)

@@ -147,7 +147,7 @@ class OnlineTrainer(Trainer):
 
     @torch.no_grad()
     def collect(self, prompts: Sequence[Prompt]) -> tuple[Part, Ledger]:
-        """Sample and score the groups of some prompts."""
+        """Sample and score the groups of some prompts. Of a failed sample nothing is kept that may not be finite."""
         of_each = [p for p in prompts for _ in range(self.training.group_size)]
         condition = self.policy.encode([p.text for p in of_each])
         trajectory = self.sample(prompts, condition)
@@ -158,6 +158,8 @@ class OnlineTrainer(Trainer):
         values, sums = torch.cat([value for value, _ in scores]), {}
         for _, each in scores:
             sums = {name: sums.get(name, 0) + value for name, value in each.items()}
+        if values.isnan().any():  # with FSDP they are evaluated too, at a weight of 0
+            trajectory.clear_(values.isnan())
         ledger = trajectory.ledger
         ledger.decodes += len(of_each)
         ledger.reward_calls += len(of_each)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from diffalign.data import Prompt
-from diffalign.finetune.online import OnlineTrainer, Part
+from diffalign.finetune.online import OnlineTrainer
 from diffalign.finetune.trajectory_config import TrajectoryConfig
 from diffalign.laws import Law, Normal, default_law
-from diffalign.ledger import Ledger
 from diffalign.policies import Condition, Policy
 from diffalign.rewards import Reward
 from diffalign.rollout import Trajectory, rollout, transition
@@ -59,16 +58,6 @@ class TrajectoryTrainer(OnlineTrainer):
             record_states=True,
             record_transitions=True,
         )
-
-    def collect(self, prompts: Sequence[Prompt]) -> tuple[Part, Ledger]:
-        """Sample and score; where the score failed the trajectory is 0, so that no NaN of it is ever evaluated."""
-        part, ledger = super().collect(prompts)
-        failed, trajectory = part.rewards.isnan(), part.trajectory
-        if failed.any():
-            means = [normal.mean for normal in trajectory.transitions or [] if normal is not None]
-            for tensor in [*(state for state in trajectory.states or [] if state is not None), *means]:
-                tensor[failed.to(tensor.device)] = 0
-        return part, ledger
 
     def transition(self, trajectory: Trajectory, condition: Condition, step: int) -> Normal:
         """The policy's Gaussian of a recorded step."""

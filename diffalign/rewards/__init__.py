@@ -28,7 +28,7 @@ from diffalign.rewards.ensembles import (
     mean,
     minimum,
 )
-from diffalign.rewards.groups import GroupStandardised
+from diffalign.rewards.groups import GroupStandardised, infinite_where_rounding
 from diffalign.rewards.pareto import ParetoRank
 from diffalign.rewards.recipe import (
     REWARD_TYPES,
@@ -71,6 +71,7 @@ __all__ = [
     "WorstCase",
     "as_reward",
     "check_gradient",
+    "infinite_where_rounding",
     "load",
     "mean",
     "measure",

@@ -12,6 +12,12 @@ from diffalign.rewards.combination import Combination, Rows, check_terms, weight
 
 _EPSILON = 1e-8
 _ROUNDING = 1e-6
+"""A standard deviation below this share of the rewards' size is rounding."""
+
+
+def infinite_where_rounding(std: Tensor, rewards: Tensor) -> Tensor:
+    """Standard deviations (P, 1) of the rows of (P, G) rewards, NaN left out; by inf nothing is left of a deviation."""
+    return std.where(std > _ROUNDING * rewards.abs().nan_to_num(0).amax(1, keepdim=True), torch.inf)
 
 
 class GroupStandardised(Combination):
@@ -51,9 +57,8 @@ class GroupStandardised(Combination):
         for index in prompt_groups(rows.prompts):
             group = values[:, index]
             if len(index) > 1:
-                deviations, std = group - group.mean(dim=1, keepdim=True), group.std(dim=1, keepdim=True)
-                rounding = std <= _ROUNDING * group.abs().amax(dim=1, keepdim=True)
-                total[index] = weights @ (deviations / (std + _EPSILON)).masked_fill(rounding, 0.0)
+                std = infinite_where_rounding(group.std(dim=1, keepdim=True), group)
+                total[index] = weights @ ((group - group.mean(dim=1, keepdim=True)) / (std + _EPSILON))
         return total.to(rows.values)
 
 

@@ -54,6 +54,12 @@ class Trajectory:
             part.transitions = [None if n is None else n.rows(index) for n in self.transitions]
         return part
 
+    def clear_(self, rows: Tensor) -> None:
+        """Set the latents, states and means of some rows (B,) bool to 0, in place."""
+        means = [normal.mean for normal in self.transitions or [] if normal is not None]
+        for tensor in [self.latents, *(state for state in self.states or [] if state is not None), *means]:
+            tensor[rows.to(tensor.device)] = 0
+
 
 @dataclass
 class Chain:

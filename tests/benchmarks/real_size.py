@@ -128,11 +128,17 @@ def measured(step, batch, device):
     return {"images_per_s": batch / min(taken), "peak_bytes": most}
 
 
-def ours(model, cell, device):
+def adapted(model, device, attention="auto"):
+    """The model's policy with a LoRA, where it is to be."""
     policy = Policy.wrap(build(model, device))
     policy.place(device, offload_blocks=model.offload)
-    policy.set_attention(cell["attention"])
+    policy.set_attention(attention)
     policy.add_lora(rank=RANK, alpha=RANK)
+    return policy
+
+
+def ours(model, cell, device):
+    policy = adapted(model, device, cell["attention"])
     trainer = RewardBackprop(
         policy,
         variance,
@@ -176,13 +182,18 @@ def trl(model, cell, device):
 
 
 def measure(cell):
-    """What a cell's own process found out: figures, or why there are none."""
+    """Figures of a cell; see `found`."""
+    return found(cell, trl if cell["checkpointing"] == "trl" else ours)
+
+
+def found(cell, work):
+    """What a cell's own process found out by work(model, cell, device): figures, or why there are none."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = (TINY if cell["tiny"] else REAL)[cell["model"]]
     about = {"device": device_name(device), "matrix_rate": matrix_rate(device)}
     torch.manual_seed(0)
     try:
-        return about | (trl if cell["checkpointing"] == "trl" else ours)(model, cell, device)
+        return about | work(model, cell, device)
     except Exception as error:  # a cell may fail in any way, and the others are measured all the same
         return about | {"failed": reason(error)}
 
@@ -248,14 +259,14 @@ def table(results):
         else:
             their = theirs.get((cell["model"], cell["batch"]))
             row += [f"{cell['images_per_s']:.3g}", f"{cell['images_per_s'] / their:.2f}" if their else ""]
-            row += [f"{(cell['peak_bytes'] or 0) / GIB:.2f}", f"{100 * share(cell, model):.1f} %"]
+            row += [f"{(cell['peak_bytes'] or 0) / GIB:.2f}", f"{share(cell, model['flops_per_image'])}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
-def share(cell, model):
-    """Of what a large product reached, the part that the step reached."""
-    return cell["images_per_s"] * model["flops_per_image"] / cell["matrix_rate"]
+def share(cell, flops_per_image):
+    """Of what a large product reached, the part that the step reached, as text."""
+    return f"{100 * cell['images_per_s'] * flops_per_image / cell['matrix_rate']:.1f} %"
 
 
 def run(args):

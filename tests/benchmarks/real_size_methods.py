@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +28,9 @@ import torch  # noqa: E402
 
 from diffalign import media  # noqa: E402
 from diffalign.data import Prompt  # noqa: E402
-from diffalign.engine.machine import GIB, device_name  # noqa: E402
+from diffalign.engine.machine import GIB  # noqa: E402
 from diffalign.finetune import FlowDPO, FlowGRPO  # noqa: E402
-from diffalign.policies import Policy  # noqa: E402
-from tests.benchmarks.real_models import REAL, TINY, build  # noqa: E402
-from tests.benchmarks.real_size import RANK, flops, in_a_process, matrix_rate, measured, reason, variance  # noqa: E402
+from tests.benchmarks.real_size import RANK, adapted, flops, found, in_a_process, measured, share, variance  # noqa: E402
 
 MODELS = ("sd35m", "flux1")
 TEXTS = ("a red circle above a blue square", "a small green star")
@@ -48,8 +47,7 @@ def flow_grpo(policy, model, cell, shared, _folder):
 
 def flow_dpo(policy, model, cell, shared, folder):
     """A step on pairs of noise."""
-    _, height, width = policy.latent_shape()
-    side = 8 * height if height == width else 1024
+    side = policy.latent_shape()[1] * policy.pipe.vae_scale_factor
     count, lines = cell["samples"] // 2, []
     for i in range(count):
         files = {"chosen": f"{i}-chosen.png", "rejected": f"{i}-rejected.png"}
@@ -66,34 +64,20 @@ METHODS = {"flow_grpo": flow_grpo, "flow_dpo": flow_dpo}
 
 def flops_per_sample(model, cell):
     """See the top."""
+    if cell["method"] == "flow_dpo":
+        forward, both, *_ = flops(replace(model, guidance_scale=1.0))
+        return forward + both
     forward, both, decoding, _ = flops(model)
-    if cell["method"] == "flow_grpo":
-        return cell["steps"] * (forward + both) + decoding
-    rows = Policy.wrap(build(model, "meta")).evaluations_per_prediction(model.guidance_scale)
-    return (forward + both) / rows
+    return cell["steps"] * (forward + both) + decoding
 
 
-def measure(cell):
-    """What a cell's own process found out: figures, or why there are none."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = (TINY if cell["tiny"] else REAL)[cell["model"]]
-    about = {"device": device_name(device), "matrix_rate": matrix_rate(device)}
-    torch.manual_seed(0)
-    try:
-        policy = Policy.wrap(build(model, device))
-        policy.place(device, offload_blocks=model.offload)
-        policy.add_lora(rank=RANK, alpha=RANK)
-        shared = {
-            "gradient_checkpointing": "block",
-            "learning_rate": 1e-6,
-            "micro_batch_size": cell["micro_batch_size"],
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            step = METHODS[cell["method"]](policy, model, cell, shared, Path(folder))
-            found = measured(step, cell["samples"], device)
-    except Exception as error:  # a cell may fail in any way, and the others are measured all the same
-        return about | {"failed": reason(error)}
-    return about | found | {"flops_per_sample": flops_per_sample(model, cell)}
+def train(model, cell, device):
+    """Figures of a cell."""
+    policy = adapted(model, device)
+    shared = {"gradient_checkpointing": "block", "learning_rate": 1e-6, "micro_batch_size": cell["at_once"]}
+    with tempfile.TemporaryDirectory() as folder:
+        step = METHODS[cell["method"]](policy, model, cell, shared, Path(folder))
+        return measured(step, cell["samples"], device) | {"flops_per_sample": flops_per_sample(model, cell)}
 
 
 def table(cells):
@@ -101,13 +85,12 @@ def table(cells):
     columns = "| model | method | samples | at once | samples/s | peak, GiB | TFLOP / sample | of the matrix rate |"
     lines = [columns, "|---" * 8 + "|"]
     for cell in cells:
-        row = [cell["model"], cell["method"], str(cell["samples"]), str(cell["micro_batch_size"])]
+        row = [cell["model"], cell["method"], str(cell["samples"]), str(cell["at_once"])]
         if "failed" in cell:
             row += [cell["failed"].replace("|", "/"), "", "", ""]
         else:
-            share = cell["images_per_s"] * cell["flops_per_sample"] / cell["matrix_rate"]
             row += [f"{cell['images_per_s']:.3g}", f"{(cell['peak_bytes'] or 0) / GIB:.2f}"]
-            row += [f"{cell['flops_per_sample'] / 1e12:.3g}", f"{100 * share:.1f} %"]
+            row += [f"{cell['flops_per_sample'] / 1e12:.3g}", share(cell, cell["flops_per_sample"])]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
@@ -117,18 +100,18 @@ def main():
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--samples", nargs="+", type=int, default=[8], help="in a step, an even number; tried in turn")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="samples, or pairs, evaluated at once")
+    parser.add_argument("--at-once", type=int, default=4, help="samples, or pairs, evaluated at once")
     parser.add_argument("--steps", type=int, help="denoising steps of Flow-GRPO; default 10, with --tiny 3")
     parser.add_argument("--out", type=Path, default=Path("runs/real_size_methods"))
     parser.add_argument("--tiny", action="store_true", help="small models of the same classes")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cell:
-        args.out.write_text(json.dumps(measure(args.cell)))
+        args.out.write_text(json.dumps(found(args.cell, train)))
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     args.out.mkdir(parents=True, exist_ok=True)
-    shared = {"micro_batch_size": args.micro_batch_size, "steps": args.steps or (3 if args.tiny else 10)}
+    shared = {"at_once": args.at_once, "steps": args.steps or (3 if args.tiny else 10)}
     cells = []
     for model in args.models:
         for method in args.methods:

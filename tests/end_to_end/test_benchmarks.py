@@ -63,9 +63,9 @@ def test_a_row_of_the_table_has_figures_and_one_that_cannot_be_says_why():
 
 
 def test_the_methods_of_flows_have_figures_and_a_setting_that_cannot_be_says_why():
-    shared = {"model": "sd35m", "micro_batch_size": 2, "steps": 2, "tiny": True}
+    shared = {"model": "sd35m", "at_once": 2, "steps": 2, "tiny": True}
     cells = [shared | {"method": method, "samples": 4} for method in ("flow_grpo", "flow_dpo")]
-    cells = [cell | real_size_methods.measure(cell) for cell in (*cells, cells[0] | {"samples": 2})]
+    cells = [cell | real_size.found(cell, real_size_methods.train) for cell in (*cells, cells[0] | {"samples": 2})]
     assert min(cell[name] for cell in cells[:2] for name in ("images_per_s", "peak_bytes", "flops_per_sample")) > 0
     # Of two steps with guidance four evaluations and four with a backward pass, of a pair's image one of each.
     assert 4 < cells[0]["flops_per_sample"] / cells[1]["flops_per_sample"] < 6

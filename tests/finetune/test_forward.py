@@ -15,7 +15,7 @@ from diffalign.noise import normal, uniform
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from diffalign.policies.tiny_families import tiny_flux
-from tests.finetune.tiny_training import gradient, perturb, redness
+from tests.finetune.tiny_training import draws_nan, gradient, perturb, redness
 
 TEXTS = ["a red circle", "a blue cube"]
 PROMPTS = [Prompt(text, 7 + i) for i, text in enumerate(TEXTS)]
@@ -206,8 +206,9 @@ def test_a_failed_score_has_no_part(name):
     t = trainer(name, tiny_sd3, reward=failing)
     part = collected(t)
     found, sums, ledger = minimised(t, part)
-    part.trajectory.latents[[0, 3, 4, 5]] = math.nan
-    assert torch.equal(minimised(t, part)[0], found)
+    broken = trainer(name, tiny_sd3)
+    draws_nan(broken, [0, 3, 4, 5])
+    assert torch.equal(minimised(broken, collected(broken))[0], found)
     assert found.abs().max() > 0
     assert int(sums["trained"]) == ledger.backward_passes // t.config.timesteps_per_sample == 2
     row = t.train(PROMPTS, steps=1).rows[0]
@@ -234,12 +235,10 @@ def test_the_worst_samples_of_nft_train():
 def test_all_processes_make_the_same_calls_where_weights_are_divided(name, monkeypatch):
     """A divided network's call needs all processes: under FSDP samples without a part are evaluated, and have none."""
 
-    def failing(images, prompts, metadata):
-        return torch.where(torch.arange(len(images)) < 2, math.nan, redness(images, prompts, metadata))
-
-    t = trainer(name, tiny_sd3, reward=failing, kl_weight=0.1)
+    t = trainer(name, tiny_sd3, kl_weight=0.1)
+    draws_nan(t, slice(2))
     part = collected(t)
-    part.trajectory.latents[:2] = math.nan
+    assert part.rewards.isnan().tolist() == [True] * 2 + [False] * 4
     found, sums, _ = minimised(t, part)
     monkeypatch.setattr(type(t.policy), "blocks_are_sharded", True)
     again, of_all, ledger = minimised(t, part)

@@ -18,3 +18,17 @@ def perturb(policy, seed=1):
 def gradient(t):
     """What a trainer's parameters hold, flat."""
     return torch.cat([p.grad.flatten() for p in t.parameters])
+
+
+def draws_nan(t, rows, value=float("nan")):
+    """Has some of the samples that an online trainer draws be not finite, in all that is recorded of them."""
+    kept = t.sample
+
+    def sample(*args):
+        trajectory = kept(*args)
+        means = [normal.mean for normal in trajectory.transitions or []]
+        for tensor in [trajectory.latents, *(trajectory.states or []), *means]:
+            tensor[rows] = value
+        return trajectory
+
+    t.sample = sample

@@ -79,7 +79,9 @@ trainer = kind(
 found = {"held": held}
 trainer.optimizer.register_step_pre_hook(
     lambda *_: found.update(
-        (f"gradient/{name}", p.grad.clone()) for name, p in policy.trainable().items() if p.grad is not None
+        (f"gradient/{name}", p.grad.clone())
+        for name, p in policy.trainable().items()
+        if method != "flat" or p.grad is not None
     )
 )
 rows = trainer.train(PROMPTS, steps=2).rows
