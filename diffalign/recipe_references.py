@@ -21,6 +21,7 @@ PLACES = {
     "adapter": ("path",),
     "method": ("noisy_reward", "pairs"),
     "prompts": SPLITS,
+    "sft": ("images",),
 }
 """Keys of a recipe that hold a path or a name, by section."""
 PIPELINES = (
@@ -157,6 +158,9 @@ def _wrong(key: str, value: str) -> str | None:
         if path.suffix not in PAIR_SUFFIXES:
             return f"has another suffix: {told}"
         return None if path.is_file() else f"does not exist: {told}"
+    if key == "sft.images":
+        told = "give a .jsonl with file and prompt a line; `diffalign sample PIPELINE --out FOLDER` writes one"
+        return f"is no list of images: {told}" if path.suffix != ".jsonl" or not path.is_file() else None
     if key == "resume_from_checkpoint":
         return None if path.is_dir() else "is no folder: give a folder such as RUN/checkpoints/step-000010, or latest"
     if not path.is_file():

@@ -175,6 +175,8 @@ WRONG = [
     ("pipeline.tiny_decoder=./nowhere", "nowhere", "a hub id such as madebyollin/taesd"),
     ("adapter.path=model", "adapter.path", "pytorch_lora_weights.safetensors is missing; give a folder"),
     ("resume_from_checkpoint=runs/x/step-000010", "step-000010", "or latest"),
+    ("sft={images: none.jsonl, weight: 1}", "none.jsonl", "is no list of images: give a .jsonl with file and prompt"),
+    ("sft={images: prompts.txt, weight: 1}", "prompts.txt", "is no list of images: give a .jsonl with file and prompt"),
     ("report_to=[trackio]", "report_to.0 = trackio", "pip install 'diffalign[tracking]'"),
     ("report_to=[tensorbord]", "report_to.0 = tensorbord", "did you mean tensorboard?"),
     ("rewards.train.3.weight=2", "rewards.train.3", "has 1 entries, counted from 0"),

@@ -16,7 +16,7 @@ from diffalign.engine.load import load_policy
 from diffalign.engine.run import train
 from diffalign.engine.stand_ins import missing_reward, write_pipeline, write_random_pairs, write_reward
 from diffalign.finetune import trainer_class
-from diffalign.finetune.config import TrainingConfig
+from diffalign.finetune.config import SFTConfig, TrainingConfig
 from diffalign.policies import Policy
 from diffalign.processes import process_state
 from diffalign.recipe_problems import Problem, RecipeError
@@ -127,6 +127,7 @@ def reduced(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
         "rewards": recipe.rewards.model_copy(update={"train": terms, "heldout": heldout}),
         "evaluation": recipe.evaluation.model_copy(update=evaluation),
         "method": method,
+        "sft": reduced_sft(recipe.sft),
         "optimizer": optimizer,
         "num_prompts_per_step": min(recipe.num_prompts_per_step, of_step),
         "group_size": min(recipe.group_size, 4),
@@ -136,6 +137,13 @@ def reduced(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
         "report_to": trackers,
     }
     return recipe.model_copy(update=changes), unchecked
+
+
+def reduced_sft(sft: SFTConfig | None) -> SFTConfig | None:
+    """Few of the images that are there."""
+    if sft is not None and sft.cache is not None:
+        check_folder(sft.cache)
+    return sft and sft.model_copy(update={"batch_size": FEW, "cache": None})
 
 
 def reduced_method(recipe: Recipe, folder: Path, unchecked: list[str]) -> Settings:

@@ -12,6 +12,22 @@ from pydantic import Field, PositiveInt, model_validator
 
 from diffalign.settings import EVERY_STEP, GuidanceInterval, Settings
 
+CACHE = (
+    "folder of latents and encoded prompts that runs share, from the working directory; null: they stay in main memory"
+)
+
+
+class SFTConfig(Settings):
+    """The denoising loss on images of one's own, beside the loss of any method: see `diffalign.finetune.supervised`."""
+
+    images: str = Field(
+        description="a .jsonl with file (or file_name) and prompt (or caption, or text) a line, as `diffalign sample` "
+        "writes it, or an imagefolder's metadata.jsonl"
+    )
+    weight: float = Field(gt=0, description="of the denoising error, a mean over a latent's elements, in the loss")
+    batch_size: PositiveInt = Field(16, description="images of an optimiser update, all processes together")
+    cache: str | None = Field(None, description=CACHE)
+
 
 class TrainingConfig(Settings):
     """Settings of the loop that every training method shares.
@@ -41,6 +57,7 @@ class TrainingConfig(Settings):
         description="weight in the loss of the squared distance of all weights from the base, |scale B A|^2 over the "
         "layers; adam_weight_decay shrinks A and B each for itself",
     )
+    sft: SFTConfig | None = Field(None, description="supervised images beside what the method learns from")
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float | None = Field(
         None,

@@ -6,13 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffalign.finetune.config import METHODS
+from diffalign.finetune.config import CACHE, METHODS
 from diffalign.settings import Settings
 
 PAIRS = "a .parquet in Pick-a-Pic's columns, a .jsonl of prompt, chosen, rejected, or a .json of HPDv2"
-CACHE = (
-    "folder of latents and encoded prompts that runs share, from the working directory; null: they stay in main memory"
-)
 SFT_WEIGHT = Field(
     0.0,
     ge=0,

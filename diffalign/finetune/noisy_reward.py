@@ -38,6 +38,13 @@ from diffalign.processes import process_state
 from diffalign.rewards import noisy
 
 
+def refuse_holding(training: TrainingConfig) -> None:
+    """Raises ValueError where settings are to hold a policy: none is trained."""
+    for name in ("sft", "weight_l2"):
+        if getattr(training, name):
+            raise ValueError(f"{name} holds a policy near its base, and noisy_reward trains none: leave it out")
+
+
 class NoisyRewardTrainer(Trainer):
     """Trains the heads of a `NoisyReward` on `Choices`: ``trainer.train(trainer.prompts, steps=300)``.
 
@@ -50,7 +57,7 @@ class NoisyRewardTrainer(Trainer):
             what says how samples are made has no effect here.
 
     Raises:
-        ValueError: the choices are by another number of objectives.
+        ValueError: the choices are by another number of objectives, or settings ask for what holds a policy.
     """
 
     config_class = NoisyRewardConfig
@@ -61,6 +68,7 @@ class NoisyRewardTrainer(Trainer):
         shared = {k: settings.pop(k) for k in list(settings) if k in TrainingConfig.model_fields}
         shared["group_size"] = choices.latents.shape[1]
         self.training = TrainingConfig(**shared)
+        refuse_holding(self.training)
         self.config = NoisyRewardConfig(**settings)
         if choices.outcome.shape[2] != len(reward.objectives):
             raise ValueError(

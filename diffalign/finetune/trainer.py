@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from diffalign.data import Prompt, PromptSampler
 from diffalign.finetune.config import TrainingConfig
+from diffalign.finetune.optimizer import make_optimizer
+from diffalign.finetune.supervised import SupervisedTerm
 from diffalign.ledger import Ledger
 from diffalign.policies import Policy
 from diffalign.processes import process_state
@@ -43,30 +45,10 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, in the precision that the settings ask for.
-
-    Raises:
-        ValueError: 8-bit AdamW without a GPU or without bitsandbytes.
-    """
-    kind: type[torch.optim.Optimizer] = torch.optim.AdamW
-    if training.optimizer == "adamw_8bit":
-        if parameters[0].device.type != "cuda":
-            raise ValueError(
-                f"optimizer = adamw_8bit needs a GPU, and the adapter is on {parameters[0].device}: use adamw"
-            )
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError("optimizer = adamw_8bit needs bitsandbytes: pip install 'diffalign[gpu]'") from error
-        kind = AdamW8bit
-    return kind(
-        parameters,
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        weight_decay=training.adam_weight_decay,
-        eps=training.adam_epsilon,
-    )
+def divides(count: int, name: str, processes: int) -> None:
+    """Raises ValueError for a count that cannot be the same on every process."""
+    if count % processes:
+        raise ValueError(f"{name} = {count} does not divide over {processes} processes; use a multiple of {processes}")
 
 
 def reward_sums(score: Score) -> dict[str, Tensor]:
@@ -107,6 +89,7 @@ class Trainer:
     """
 
     config_class: ClassVar[type[Settings]]
+    supervised: SupervisedTerm | None = None
 
     def __init__(self, policy: Policy, reward: Reward | Callable[..., Any], **settings: Any) -> None:
         shared = {k: settings.pop(k) for k in list(settings) if k in TrainingConfig.model_fields}
@@ -120,6 +103,9 @@ class Trainer:
             policy.add_lora(rank=8, alpha=8)
         if self.accelerator.distributed_type == DistributedType.FSDP:
             policy.shard_blocks()
+        if self.training.sft is not None:
+            divides(self.training.sft.batch_size, "sft.batch_size", self.accelerator.num_processes)
+            self.supervised = SupervisedTerm(policy, self.training.sft, self.training.seed)
         policy.set_gradient_checkpointing(self.training.gradient_checkpointing == "block")
         self._learn(list(policy.trainable().values()))
 
@@ -204,21 +190,17 @@ class Trainer:
     def take_step(self, prompts: Sequence[Prompt]) -> Row:
         """The optimiser updates of one step, on the prompts of all processes; returns their mean metrics."""
         started = time.perf_counter()
-        world = self.accelerator.num_processes
-        if len(prompts) % world:
-            raise ValueError(
-                f"num_prompts_per_step = {len(prompts)} does not divide over {world} processes; "
-                f"use a multiple of {world}"
-            )
+        divides(len(prompts), "num_prompts_per_step", self.accelerator.num_processes)
         updates, rows, ledger = self.updates(prompts), [], Ledger()
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             with self.accelerator.autocast():
                 update = next(updates, None)
-            if update is None:
-                break
-            rows.append(self._update(update[0]))
-            ledger.add(update[1])
+                if update is None:
+                    break
+                supervised = self._supervise(len(rows))
+            rows.append(self._update(update[0] | supervised[0]))
+            ledger.add(update[1] + supervised[1])
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         row = {"step": self.step + 1, **means, "learning_rate": self.lr_scheduler.get_last_lr()[0]}
         self.lr_scheduler.step()
@@ -230,6 +212,16 @@ class Trainer:
         ledger.peak_memory_bytes = peak_memory(self.policy.device)
         images = len(prompts) * self.training.group_size
         return row | ledger.as_dict() | {"samples_per_s": images / ledger.seconds}
+
+    def _supervise(self, update: int) -> tuple[dict[str, Tensor], Ledger]:
+        """Adds this process's share of the gradient of `sft`; returns what `accumulate` does."""
+        if self.supervised is None:
+            return {}, Ledger()
+        size, world = self.supervised.config.batch_size, self.accelerator.num_processes
+        own, at_once = slice(self.accelerator.process_index, None, world), self.rows_at_once(size // world)
+        error, cost = self.supervised.accumulate(self.step, update, own, at_once)
+        images = self.training.num_prompts_per_step * self.training.group_size
+        return {"sft": error * (images / size)}, cost  # the mean over the batch, once it is divided by the images
 
     def _update(self, sums: dict[str, Tensor]) -> Row:
         """One optimiser update with the gradients that are there; returns its metrics."""

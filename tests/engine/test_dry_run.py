@@ -165,11 +165,27 @@ def test_what_a_method_refuses_of_the_recipes_own_counts_is_refused(name, change
         dry_run(load_recipe(name, [changed]))
 
 
+def test_few_images_of_its_own_are_tried(tmp_path):
+    media.save_png(torch.zeros(3, 8, 8), tmp_path / "a.png")
+    (tmp_path / "list.jsonl").write_text('{"file": "a.png", "prompt": "night"}\n')
+    changed = [f"sft={{images: {tmp_path / 'list.jsonl'}, weight: 0.1, cache: {tmp_path / 'cache'}}}"]
+    small, _ = reduced(load_recipe("sd15-ddpo", changed), tmp_path)
+    assert (small.sft.batch_size, small.sft.cache) == (2, None)
+    assert "The recipe ran in" in dry_run(load_recipe("sd15-ddpo", [*changed, "method.num_inference_steps=2"]))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_cache_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     changed = [f"method.cache={tmp_path / 'file'}"]
     with pytest.raises(ValueError, match=r"cache = .* is no folder"):
         reduced(load_recipe("sd15-dpo", changed, absent=["method.pairs"]), tmp_path)
+    media.save_png(torch.zeros(3, 8, 8), tmp_path / "a.png")
+    (tmp_path / "list.jsonl").write_text('{"file": "a.png", "prompt": "night"}\n')
+    changed = [f"sft={{images: {tmp_path / 'list.jsonl'}, weight: 0.1, cache: {tmp_path / 'file'}}}"]
+    (tmp_path / "again").mkdir()
+    with pytest.raises(ValueError, match=r"cache = .* is no folder"):
+        reduced(load_recipe("sd15-ddpo", changed), tmp_path / "again")
 
 
 SETS = {"vendi": "", "frechet": "exemplars: exemplars", "kid": "captions: captions.txt", "cmmd": "exemplars: exemplars"}

@@ -98,3 +98,9 @@ def test_a_run_that_was_stopped_while_drawing_and_while_learning_ends_as_an_unbr
 def test_what_cannot_be_chosen_between_is_refused(policy, tmp_path):
     with pytest.raises(ValueError, match="group_size = 1: a choice is between images of a prompt"):
         reward_run.train_reward(recipe(tmp_path, "group_size=1"), policy)
+
+
+def test_what_holds_a_policy_is_refused_before_anything_is_drawn(policy, tmp_path):
+    with pytest.raises(ValueError, match="weight_l2 holds a policy near its base, and noisy_reward trains none"):
+        reward_run.train_reward(recipe(tmp_path, "weight_l2=0.1"), policy)
+    assert not (tmp_path / "run").exists()

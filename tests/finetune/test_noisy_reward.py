@@ -114,6 +114,8 @@ def test_heads_of_another_recipe_and_other_choices_are_refused():
     reward = NoisyReward(t.policy, {"a": 1.0, "b": 1.0}, blocks=1)
     with pytest.raises(ValueError, match="choices by 1 objectives for a reward of 2, a, b"):
         NoisyRewardTrainer(reward, t.choices)
+    with pytest.raises(ValueError, match="sft holds a policy near its base, and noisy_reward trains none: leave it"):
+        trainer(sft={"images": "list.jsonl", "weight": 1.0})
 
 
 def test_a_step_without_a_finite_gradient_is_not_taken():

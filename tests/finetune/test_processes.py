@@ -30,7 +30,7 @@ def test_two_processes_equal_one_with_both_batches(tmp_path, two):
 
 @pytest.mark.verify
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["ddpo", "flat", "prdp", "raft", "nft", "dragon", "dragon_kto"])
+@pytest.mark.parametrize("method", ["ddpo", "flat", "sft", "prdp", "raft", "nft", "dragon", "dragon_kto"])
 def test_two_processes_equal_one_on_their_own_samples(tmp_path, method):
     """Advantages by the history of all processes, pairs counted and weights made over them, where they have not equally
     many. DRAGON's set is that of both, swapped in the order of the prompts, and KTO's z is of all."""
@@ -52,7 +52,7 @@ def test_frozen_weights_that_are_divided_train_the_same_adapter(tmp_path, two):
 
 @pytest.mark.verify
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("method", ["sd3", "ddpo", "prdp"])
+@pytest.mark.parametrize("method", ["sd3", "ddpo", "sft", "prdp"])
 def test_frozen_weights_are_divided_too(tmp_path, method):
     """Of a transformer; and where one process has samples that train nothing, and makes the others' calls with them."""
     compare(launch(tmp_path / "whole", 2, method), launch(tmp_path / "sharded", 2, method, "sharded"))

@@ -4,6 +4,7 @@ Writes the adapter, the last update's gradients, the metrics, how much of the bl
 of DDPO the rewards that it remembers of each prompt, and of DiffusionNFT the old policy.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from diffalign import media
 from diffalign.finetune import DDPO, NFT, PRDP, RAFT, Dragon, RewardBackprop
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
@@ -34,6 +36,8 @@ METHODS = {
     "ddpo": (tiny_sd, DDPO, RECORDED | {"advantage": "history", "history_least": 4, "num_minibatches": 2}),
     # The second step's samples are all alike, and train nothing.
     "flat": (tiny_sd, DDPO, RECORDED | {"advantage": "group"}),
+    # The second step's samples are all alike, and only the images of its own train.
+    "sft": (tiny_sd, DDPO, RECORDED | {"advantage": "group", "sft": {"weight": 10.0, "batch_size": 6}}),
     "prdp": (tiny_sd, PRDP, RECORDED | {"beta": 0.1, "num_inner_epochs": 2}),
     "raft": (tiny_sd, RAFT, FINAL | {"top_k": 2}),
     "dragon": (tiny_sd, Dragon, FINAL | {"group_size": 2, "micro_batch_size": 2}),
@@ -45,7 +49,7 @@ METHODS = {
 def redness(images, prompts, metadata):
     """Where samples are compared one prompt fails: its process has fewer samples, and fewer pairs, than the other."""
     values = images[:, 0].mean((1, 2))
-    if method == "flat" and trainer.step == 1:
+    if method in ("flat", "sft") and trainer.step == 1:
         values = torch.ones_like(values)
     failed = torch.tensor([method not in ("sd", "sd3") and prompt == "gold" for prompt in prompts])
     return torch.where(failed, torch.nan, values)
@@ -67,6 +71,14 @@ if weights == "sharded":
     policy.shard_blocks()
 frozen = [p for block in policy.blocks for p in block.parameters() if not p.requires_grad]
 held = torch.tensor(sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in frozen))
+if method == "sft":
+    folder = Path(out, f"images-{os.environ.get('RANK', '0')}")
+    folder.mkdir()
+    for i, image in enumerate(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))):
+        media.save_png(image, folder / f"{i}.png")
+    lines = [json.dumps({"file": f"{i}.png", "prompt": prompt}) for i, prompt in enumerate(PROMPTS)]
+    (folder / "samples.jsonl").write_text("\n".join(lines))
+    settings["sft"]["images"] = str(folder / "samples.jsonl")
 trainer = kind(
     policy,
     of_sets if method.startswith("dragon") else redness,
@@ -86,7 +98,8 @@ trainer.optimizer.register_step_pre_hook(
 )
 rows = trainer.train(PROMPTS, steps=2).rows
 rank = int(os.environ.get("RANK", "0"))
-found |= {f"metric/{name}": torch.tensor([row[name] for row in rows]) for name in ("loss", "reward", "grad_norm")}
+told = ("loss", "reward", "grad_norm", *(["sft"] if method == "sft" else []))
+found |= {f"metric/{name}": torch.tensor([row[name] for row in rows]) for name in told}
 if method == "ddpo":
     found |= {f"history/{name}": torch.tensor(kept) for name, kept in trainer.history.rewards.items()}
 if method == "nft":

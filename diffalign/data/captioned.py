@@ -1,0 +1,72 @@
+"""Images with their captions, for the supervised term of a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffalign.data.prompts import PROMPT_KEYS
+
+FILE_KEYS = ("file", "file_name")  # of `diffalign sample`, and of an imagefolder
+CAPTION_KEYS = (*PROMPT_KEYS, "text")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """An image with its caption, not opened yet.
+
+    Attributes:
+        caption: what it shows.
+        image: its file.
+        source: where it is listed, for messages.
+    """
+
+    caption: str
+    image: Path
+    source: str
+
+
+def read_captioned(path: str | Path) -> list[Captioned]:
+    """Reads a JSONL that lists images: the ``samples.jsonl`` of ``diffalign sample``, or an imagefolder's metadata.
+
+    A line is an object with ``file`` (or ``file_name``), a path that starts from the folder of the list, and ``prompt``
+    (or ``caption``, or ``text``). Blank lines and other keys are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such list, or not an image that a line names.
+        ValueError: file and line of what is wrong.
+    """
+    path, found = Path(path), []
+    if not path.is_file():
+        wrong = "is a folder: give the .jsonl in it" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"list of images {path} {wrong}.")
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            source = f"{path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not line:
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected an object with file and prompt, found {type(row).__name__}")
+                image, caption = path.parent / _text(row, FILE_KEYS), _text(row, CAPTION_KEYS)
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                raise ValueError(f"{source}: {error}.") from None
+            if not os.path.isfile(image):  # and not `is_file`, which raises for a name that is too long
+                raise FileNotFoundError(f"{source}: {image} does not exist: paths start from the list's own folder.")
+            found.append(Captioned(caption, image, source))
+    if not found:
+        raise ValueError(f"{path} lists no image.")
+    return found
+
+
+def _text(row: dict[str, object], keys: tuple[str, ...]) -> str:
+    """The text that a row has under the first of some keys that is there."""
+    key = next((name for name in keys if name in row), keys[0])
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key} is {value!r}, and must be a text that is not empty")
+    return value
