@@ -7,12 +7,13 @@ optimiser update draws `batch_size` images, uniformly with replacement, and for 
 pre-training, and a noise. It holds the policy to what the images show: those of pre-training, or of the base itself,
 which `diffalign sample` draws.
 
-Sources: Xu et al. 2023 (ReFL, arXiv 2304.05977), algorithm 1, which adds the loss of pre-training to that of the
+Sources: Xu et al. 2023 (ReFL, arXiv 2304.05977), algorithm 1, which has the loss of pre-training beside that of the
 reward; for images of the base Ruiz et al. 2023 (DreamBooth, arXiv 2208.12242), equation 2.
 
-Departures: ReFL's authors scale the reward and leave the loss of pre-training at 1; here the method's loss is at 1, and
-a 1 / scale of theirs is the weight. As in `dpo`, images are encoded once, to the VAE's mode, cropped in the middle and
-not flipped, no caption is dropped, and the prediction has no guidance.
+Departures: ReFL takes a step by each of its two losses in turn, and scales the reward's; here they are added in every
+update, and the weight is of this one. (Its published code has the reward's alone.) As in `dpo`, images are encoded
+once, to the VAE's mode, cropped in the middle and not flipped, no caption is dropped, and the prediction has no
+guidance.
 """
 
 from __future__ import annotations
