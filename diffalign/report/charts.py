@@ -67,6 +67,8 @@ def curves(rows: Sequence[Row]) -> list[Chart]:
     for key, title in (
         ("kl", "KL divergence to the base model"),
         ("prediction_mse", "Prediction error to the base model"),
+        ("weight_l2", "Squared distance of the weights from the base model"),
+        ("sft", "Denoising error of the supervised images"),
         ("grad_norm", "Gradient norm"),
     ):
         charts.append(_every_step(rows, key, title))

@@ -18,6 +18,8 @@ def rows(steps=31):
 def test_one_chart_for_each_quantity_that_is_there():
     found = {chart.key for chart in curves(list(rows()))}
     assert found == {"reward/clip", "heldout/other", "grad_norm"}  # kl is zero throughout, `none` has no numbers
+    held = [{"step": s, "weight_l2": 0.1 * s, "sft": 1 - 0.1 * s, "prediction_mse": 0.1 * s} for s in range(4)]
+    assert [chart.key for chart in curves(held)] == ["prediction_mse", "weight_l2", "sft"]
     with_oracle = [row | ({"heldout/my-oracle": 0.5} if row["step"] % 10 == 0 else {}) for row in rows()]
     titles = [chart.title for chart in curves(with_oracle)]
     assert "my-oracle against clip" in titles
