@@ -24,6 +24,8 @@ PLACES = {
     "sft": ("images",),
 }
 """Keys of a recipe that hold a path or a name, by section."""
+DRAWN = {"method.pairs": PAIR_SUFFIXES, "sft.images": (".jsonl",)}
+"""Keys whose files `diffalign sample` writes, and the suffixes of these."""
 PIPELINES = (
     "FluxPipeline",
     "LatentConsistencyModelPipeline",
@@ -43,8 +45,8 @@ def anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     """Makes the relative paths of a recipe's tree absolute, in place, as seen from the folder of its file.
 
     Names of what ships (`zoo:`, `prompts:`), hub ids and reward names stay. `output_dir` stays too: runs go to the
-    working directory, not beside a recipe that may lie in an installed package. So do pairs that are not beside the
-    recipe: a command of the user's wrote them.
+    working directory, not beside a recipe that may lie in an installed package. So do pairs and lists of images that
+    are not beside the recipe: a command of the user's wrote them.
     """
     folder = folder.resolve()
     for section, key in ((section, key) for section, keys in PLACES.items() for key in keys):
@@ -65,7 +67,7 @@ def anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 def _is_name(section: str, value: str, folder: Path) -> bool:
     if value.startswith(("zoo:", "prompts:")):
         return True
-    if section == "method" and value.endswith(PAIR_SUFFIXES):
+    if section in ("method", "sft") and value.endswith(PAIR_SUFFIXES):
         return not (folder / Path(value).expanduser()).exists()
     return section == "pipeline" and _HUB_ID.fullmatch(value) is not None and not (folder / value).exists()
 
@@ -91,11 +93,11 @@ def check_references(tree: dict[str, Any], absent: Collection[str] = ()) -> list
 
     Args:
         tree: a recipe's.
-        absent: keys whose files of pairs need not be there; their names must end as such files do.
+        absent: keys of `DRAWN` whose files need not be there; their names must end as such files do.
     """
     problems: list[Problem] = []
     for key, value in _texts(tree):
-        to_come = key in absent and value.endswith(PAIR_SUFFIXES) and not Path(value).exists()
+        to_come = key in absent and value.endswith(DRAWN[key]) and not Path(value).exists()
         message = None if to_come else _wrong(key, value)
         if message:
             problems.append(Problem(f"{key} = {value}", message))
@@ -160,7 +162,8 @@ def _wrong(key: str, value: str) -> str | None:
         return None if path.is_file() else f"does not exist: {told}"
     if key == "sft.images":
         told = "give a .jsonl with file and prompt a line; `diffalign sample PIPELINE --out FOLDER` writes one"
-        return f"is no list of images: {told}" if path.suffix != ".jsonl" or not path.is_file() else None
+        listed = value.endswith(DRAWN[key]) and Path(value).is_file()  # and not one of prompts that ships
+        return None if listed else f"is no list of images: {told}"
     if key == "resume_from_checkpoint":
         return None if path.is_dir() else "is no folder: give a folder such as RUN/checkpoints/step-000010, or latest"
     if not path.is_file():

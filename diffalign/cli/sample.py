@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from diffalign.config import EvaluationConfig, PipelineConfig, Problem, RecipeError, load_recipe
 from diffalign.recipe_file import shipped_recipes
-from diffalign.recipe_references import anchor_paths, check_references
+from diffalign.recipe_references import DRAWN, anchor_paths, check_references
 from diffalign.registry import PROMPT_SUFFIXES
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def write_pairs(
 def settings(source: str) -> tuple[PipelineConfig, EvaluationConfig, int]:
     """Pipeline, sampling and seed of a recipe, or of a bare pipeline with the defaults."""
     if source.endswith((".yaml", ".yml")) or source in shipped_recipes():
-        recipe = load_recipe(source, absent=["method.pairs"])  # they may be what is drawn
+        recipe = load_recipe(source, absent=DRAWN)  # what they name may be what is drawn
         return recipe.pipeline, recipe.evaluation, recipe.seed
     tree = {"pipeline": {"path": source}}
     anchor_paths(tree, Path.cwd())

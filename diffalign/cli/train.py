@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffalign.cli.plugins import load_plugin
 from diffalign.config import Recipe, load_recipe
+from diffalign.recipe_references import DRAWN
 
 
 def run(recipe: str, overrides: Sequence[str], plugins: Sequence[Path], *, dry_run: bool = False) -> None:
@@ -39,8 +40,8 @@ def load_checked(
 
 
 def try_out(recipe: str, overrides: Sequence[str], plugins: Sequence[Path]) -> None:
-    """Checks the whole recipe, but for pairs that are not written yet, runs a small copy and prints what held."""
-    checked = load_checked(recipe, overrides, plugins, absent=["method.pairs"])
+    """Checks the whole recipe, but for what is not drawn yet, runs a small copy and prints what held."""
+    checked = load_checked(recipe, overrides, plugins, absent=DRAWN)
 
     from diffalign.cli.terminal import only_errors, quiet_loading
     from diffalign.engine.dry_run import dry_run

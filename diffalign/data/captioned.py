@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffalign.data.prompts import PROMPT_KEYS
+from diffalign.data.prompts import MAX_BYTES, PROMPT_KEYS
 
 FILE_KEYS = ("file", "file_name")  # of `diffalign sample`, and of an imagefolder
 CAPTION_KEYS = (*PROMPT_KEYS, "text")
@@ -42,6 +42,8 @@ def read_captioned(path: str | Path) -> list[Captioned]:
     if not path.is_file():
         wrong = "is a folder: give the .jsonl in it" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"list of images {path} {wrong}.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES:,} bytes: split it.")
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             source = f"{path}, line {number}"

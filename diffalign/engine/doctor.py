@@ -59,11 +59,7 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("method", "WARN", "noisy_reward trains a reward and no policy: nothing was looked at", remedy)
         return
     try:
-        if getattr(recipe.method, "cache", None) is not None:
-            check_folder(recipe.method.cache)
-            # It would be written to.
-            recipe = recipe.model_copy(update={"method": recipe.method.model_copy(update={"cache": None})})
-        run = build(recipe)
+        run = build(without_caches(recipe))
     except Exception as error:  # whatever the libraries below say is what the user must hear
         yield _broken("loading", error)
         return
@@ -75,6 +71,15 @@ def examine(recipe: Recipe) -> Iterator[Finding]:
             yield check(run)
         except Exception as error:
             yield _broken(name, error)
+
+
+def without_caches(recipe: Recipe) -> Recipe:
+    """The recipe with nothing kept on disk; ValueError for a folder that could not be."""
+    holders = {name: getattr(recipe, name) for name in ("method", "sft")}
+    kept = {name: holder for name, holder in holders.items() if getattr(holder, "cache", None) is not None}
+    for holder in kept.values():
+        check_folder(holder.cache)
+    return recipe.model_copy(update={n: holder.model_copy(update={"cache": None}) for n, holder in kept.items()})
 
 
 def _broken(check: str, error: Exception) -> Finding:

@@ -14,7 +14,13 @@ from diffalign.data.cache import check_folder
 from diffalign.engine.checkpoint import load_checkpoint
 from diffalign.engine.load import load_policy
 from diffalign.engine.run import train
-from diffalign.engine.stand_ins import missing_reward, write_pipeline, write_random_pairs, write_reward
+from diffalign.engine.stand_ins import (
+    missing_reward,
+    write_pipeline,
+    write_random_images,
+    write_random_pairs,
+    write_reward,
+)
 from diffalign.finetune import trainer_class
 from diffalign.finetune.config import SFTConfig, TrainingConfig
 from diffalign.policies import Policy
@@ -127,7 +133,7 @@ def reduced(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
         "rewards": recipe.rewards.model_copy(update={"train": terms, "heldout": heldout}),
         "evaluation": recipe.evaluation.model_copy(update=evaluation),
         "method": method,
-        "sft": reduced_sft(recipe.sft),
+        "sft": reduced_sft(recipe.sft, folder, unchecked),
         "optimizer": optimizer,
         "num_prompts_per_step": min(recipe.num_prompts_per_step, of_step),
         "group_size": min(recipe.group_size, 4),
@@ -139,11 +145,17 @@ def reduced(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update=changes), unchecked
 
 
-def reduced_sft(sft: SFTConfig | None) -> SFTConfig | None:
-    """Few of the images that are there."""
-    if sft is not None and sft.cache is not None:
+def reduced_sft(sft: SFTConfig | None, folder: Path, unchecked: list[str]) -> SFTConfig | None:
+    """Few of the supervised images; where they are not there, some are made up and told."""
+    if sft is None:
+        return None
+    changes: dict[str, Any] = {"batch_size": FEW, "cache": None}
+    if sft.cache is not None:
         check_folder(sft.cache)
-    return sft and sft.model_copy(update={"batch_size": FEW, "cache": None})
+    if not Path(sft.images).exists():
+        changes["images"] = str(write_random_images(folder / "images"))
+        unchecked.append(f"the images {sft.images} (not on this machine: random ones stood in)")
+    return sft.model_copy(update=changes)
 
 
 def reduced_method(recipe: Recipe, folder: Path, unchecked: list[str]) -> Settings:

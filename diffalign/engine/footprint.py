@@ -56,7 +56,7 @@ def footprint(trainer: Trainer, prompts: Sequence[Prompt]) -> Footprint | None:
     settings = trainer.training
     own = settings.num_prompts_per_step * settings.group_size // trainer.accelerator.num_processes
     # What an online method has sampled it trains on minibatch after minibatch.
-    asked = own // getattr(trainer.config, "num_minibatches", 1)
+    asked = trainer.images // trainer.accelerator.num_processes
     images = asked if settings.micro_batch_size == "auto" else min(settings.micro_batch_size, asked)
     device, kept = trainer.policy.device, [0]
     trainer.training = settings.model_copy(update={"group_size": 1, "micro_batch_size": "auto"})

@@ -21,7 +21,7 @@ from diffalign.engine.output import claim, refusals_explained
 from diffalign.engine.run import Interrupted, Run, loop, resume
 from diffalign.engine.tracking import Metrics
 from diffalign.finetune.config import TrainingConfig
-from diffalign.finetune.noisy_reward import NoisyRewardTrainer, refuse_holding
+from diffalign.finetune.noisy_reward import NoisyRewardTrainer, refuse_regularisers
 from diffalign.finetune.noisy_reward_config import NoisyRewardConfig
 from diffalign.finetune.noisy_reward_samples import sample_and_score
 from diffalign.finetune.trainer import Row
@@ -51,7 +51,7 @@ def train_reward(recipe: Recipe, policy: Policy | None = None) -> Path:
     output_dir = Path(recipe.output_dir)
     if recipe.group_size < 2:
         raise ValueError(f"group_size = {recipe.group_size}: a choice is between images of a prompt, use 2 or more")
-    refuse_holding(recipe)
+    refuse_regularisers(recipe)
     claim(output_dir, resume=recipe.resume_from_checkpoint is not None)
     with refusals_explained(output_dir):
         policy = policy or load_policy(recipe.pipeline)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from diffalign import media
 from diffalign.data import Judged, Prompt, write_pairs
 from diffalign.policies import tiny, tiny_families
 from diffalign.recipe_problems import Problem, RecipeError
@@ -233,6 +234,17 @@ def write_random_pairs(file: Path, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 2, 3, 16, 16), generator=generator, dtype=torch.uint8)
     write_pairs(file, [Judged(Prompt(f"pair {n}", n), two, (1.0, 0.0)) for n, two in enumerate(images)])
+
+
+def write_random_images(folder: Path) -> Path:
+    """Writes two small images of noise, and returns their list as `diffalign sample` writes one."""
+    folder.mkdir()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for n, image in enumerate(images):
+        media.save_png(image, folder / f"{n}.png")
+    rows = [json.dumps({"file": f"{n}.png", "prompt": f"image {n}"}) for n in range(len(images))]
+    (folder / "samples.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "samples.jsonl"
 
 
 def on_disk(source: str, name: str, revision: str | None = None, relative_to: Path | None = None) -> Path | None:

@@ -13,7 +13,8 @@ from pydantic import Field, PositiveInt, model_validator
 from diffalign.settings import EVERY_STEP, GuidanceInterval, Settings
 
 CACHE = (
-    "folder of latents and encoded prompts that runs share, from the working directory; null: they stay in main memory"
+    "folder of latents and of all encoded prompts, which runs share, from the working directory; null: they stay in "
+    "main memory"
 )
 
 

@@ -38,7 +38,7 @@ from diffalign.processes import process_state
 from diffalign.rewards import noisy
 
 
-def refuse_holding(training: TrainingConfig) -> None:
+def refuse_regularisers(training: TrainingConfig) -> None:
     """Raises ValueError where settings are to hold a policy: none is trained."""
     for name in ("sft", "weight_l2"):
         if getattr(training, name):
@@ -68,7 +68,7 @@ class NoisyRewardTrainer(Trainer):
         shared = {k: settings.pop(k) for k in list(settings) if k in TrainingConfig.model_fields}
         shared["group_size"] = choices.latents.shape[1]
         self.training = TrainingConfig(**shared)
-        refuse_holding(self.training)
+        refuse_regularisers(self.training)
         self.config = NoisyRewardConfig(**settings)
         if choices.outcome.shape[2] != len(reward.objectives):
             raise ValueError(

@@ -117,7 +117,7 @@ class OnlineTrainer(Trainer):
     @property
     def images(self) -> int:
         """Samples of one update, of all processes."""
-        return self.training.num_prompts_per_step * self.training.group_size // self.config.num_minibatches
+        return super().images // self.config.num_minibatches
 
     def addresses(self, prompts: Sequence[Prompt]) -> list[Address]:
         """The noise address of each sample of some prompts."""

@@ -5,19 +5,20 @@ r"""The denoising loss on images of one's own, beside the loss of any method.
 with e the error of `forward.denoising_error`, a mean over a latent's elements in the units of the network. Every
 optimiser update draws `batch_size` images, uniformly with replacement, and for each a level, uniform over those of
 pre-training, and a noise. It holds the policy to what the images show: those of pre-training, or of the base itself,
-which `diffalign sample` draws.
+drawn without guidance, which the prediction has not either: images that guidance drew would teach it guidance.
 
 Sources: Xu et al. 2023 (ReFL, arXiv 2304.05977), algorithm 1, which has the loss of pre-training beside that of the
 reward; for images of the base Ruiz et al. 2023 (DreamBooth, arXiv 2208.12242), equation 2.
 
 Departures: ReFL takes a step by each of its two losses in turn, and scales the reward's; here they are added in every
 update, and the weight is of this one. (Its published code has the reward's alone.) As in `dpo`, images are encoded
-once, to the VAE's mode, cropped in the middle and not flipped, no caption is dropped, and the prediction has no
-guidance.
+once, to the VAE's mode, cropped in the middle and not flipped, no caption is dropped, a denoiser that embeds the
+guidance scale is told 1, and few-step pipelines are trained at all levels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -28,8 +29,8 @@ from diffalign.finetune.config import SFTConfig
 from diffalign.finetune.forward import denoising_error, training_level
 from diffalign.laws.prediction import noised
 from diffalign.ledger import Ledger
-from diffalign.noise import generator, normal, uniform
-from diffalign.policies import Policy, StoredLatents
+from diffalign.noise import Address, generator, normal, uniform
+from diffalign.policies import Condition, Policy, StoredLatents
 
 
 class SupervisedTerm:
@@ -66,22 +67,22 @@ class SupervisedTerm:
         """
         size = self.config.batch_size
         drawn = generator(self.seed, "sft", step, update).integers(len(self.images), size=size).tolist()
-        rows = torch.arange(size)[part]
+        rows = [(drawn[i], (step, update, i)) for i in range(size)[part]]
         total = torch.zeros((), device=self.policy.device)
-        for chunk in rows.split(at_once):
-            at = chunk.tolist()
-            error = self.error([drawn[i] for i in at], [(step, update, i) for i in at]).sum()
+        condition = self.policy.encode([self.images[number].caption for number, _ in rows])
+        for start in range(0, len(rows), at_once):
+            chunk = slice(start, min(start + at_once, len(rows)))
+            error = self.error(*zip(*rows[chunk], strict=True), condition.rows(chunk)).sum()
             (self.config.weight / size * error).backward()
             total = total + error.detach()
         return total, Ledger(denoiser_evaluations=len(rows), backward_passes=len(rows))
 
-    def error(self, numbers: list[int], at: list[tuple[int, int, int]]) -> Tensor:
+    def error(self, numbers: Sequence[int], at: Sequence[Address], condition: Condition) -> Tensor:
         """(B,) denoising error of images by their number, each at a level and a noise by its address."""
         where = {"seed": self.seed, "purpose": "sft", "rows": at}
         latents = torch.stack([self._latent(number) for number in numbers]).to(self.policy.device)
         noise = normal(latents.shape[1:], device=self.policy.device, dtype=latents.dtype, **where)
         level = training_level(self.policy, uniform((), **where))
-        condition = self.policy.encode([self.images[number].caption for number in numbers])
         prediction = self.policy.predict(noised(latents, noise, level), level, condition)
         return denoising_error(prediction, latents, noise)
 

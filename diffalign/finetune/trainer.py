@@ -137,6 +137,11 @@ class Trainer:
         """
         yield self.accumulate(self.share(prompts))
 
+    @property
+    def images(self) -> int:
+        """Images of one optimiser update, of all processes."""
+        return self.training.num_prompts_per_step * self.training.group_size
+
     def share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Of the prompts of all processes this one's own."""
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -218,8 +223,9 @@ class Trainer:
         if self.supervised is None:
             return {}, Ledger()
         size, world = self.supervised.config.batch_size, self.accelerator.num_processes
-        own, at_once = slice(self.accelerator.process_index, None, world), self.rows_at_once(size // world)
-        error, cost = self.supervised.accumulate(self.step, update, own, at_once)
+        own = slice(self.accelerator.process_index, None, world)
+        at_once = self.rows_at_once(min(size, self.images) // world)  # no more memory than the method's own images
+        error, cost = self.supervised.accumulate(self.step, update, own, max(1, at_once))
         images = self.training.num_prompts_per_step * self.training.group_size
         return {"sft": error * (images / size)}, cost  # the mean over the batch, once it is divided by the images
 

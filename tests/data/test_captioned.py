@@ -50,5 +50,9 @@ def test_a_list_that_is_not_there_or_is_empty(tmp_path):
         read_captioned(tmp_path / "none.jsonl")
     with pytest.raises(FileNotFoundError, match=r"is a folder: give the \.jsonl in it"):
         read_captioned(tmp_path)
+    with (tmp_path / "long.jsonl").open("wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(ValueError, match="has more than 268,435,456 bytes: split it"):
+        read_captioned(tmp_path / "long.jsonl")
     with pytest.raises(ValueError, match="lists no image"):
         read_captioned(written(tmp_path, ""))

@@ -18,6 +18,7 @@ from diffalign.laws import Normal, default_law
 from diffalign.noise import normal
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd
+from diffalign.recipe_references import DRAWN
 from diffalign.rollout import rollout
 
 RECIPE = """
@@ -63,13 +64,14 @@ def test_the_doctor_writes_into_no_cache(monkeypatch, tmp_path):
     asked = []
 
     def stop(recipe):
-        asked.append(recipe.method.cache)
+        asked.append((recipe.method.cache, recipe.sft.cache))
         raise ValueError("enough")
 
     monkeypatch.setattr(doctor, "build", stop)
-    changed = [f"method.cache={tmp_path / 'cache'}"]
-    (finding,) = doctor.examine(load_recipe("sd15-dpo", changed, absent=["method.pairs"]))
-    assert (finding.check, asked) == ("loading", [None])
+    changed = [f"method.cache={tmp_path / 'cache'}", f"sft={{images: a.jsonl, weight: 1, cache: {tmp_path / 'two'}}}"]
+    (finding,) = doctor.examine(load_recipe("sd15-dpo", changed, absent=DRAWN))
+    assert (finding.check, asked) == ("loading", [(None, None)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_that_can_be_no_folder_is_refused(tmp_path):

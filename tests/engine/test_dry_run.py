@@ -24,6 +24,7 @@ from diffalign.engine.stand_ins import (
 from diffalign.policies import POLICIES, Policy
 from diffalign.recipe_file import shipped_recipes
 from diffalign.recipe_problems import RecipeError
+from diffalign.recipe_references import DRAWN
 from diffalign.rewards import SetCredit
 
 README = Path(__file__).parent.parent.parent / "README.md"
@@ -173,6 +174,12 @@ def test_few_images_of_its_own_are_tried(tmp_path):
     assert (small.sft.batch_size, small.sft.cache) == (2, None)
     assert "The recipe ran in" in dry_run(load_recipe("sd15-ddpo", [*changed, "method.num_inference_steps=2"]))
     assert not (tmp_path / "cache").exists()
+
+
+def test_images_that_are_not_drawn_yet_are_made_up_and_told(tmp_path):
+    changed = ["sft={images: none.jsonl, weight: 0.1}", "method.num_inference_steps=2"]
+    said = dry_run(load_recipe("sd15-ddpo", changed, absent=DRAWN))
+    assert "none.jsonl (not on this machine: random ones stood in)" in said
 
 
 def test_a_cache_that_is_a_file_is_refused(tmp_path):

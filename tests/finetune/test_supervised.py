@@ -11,7 +11,19 @@ from diffalign.config import load_recipe
 from diffalign.data import Pair, Prompt
 from diffalign.engine.run import train
 from diffalign.engine.state import load_tree, save_tree
-from diffalign.finetune import DDPO, NFT, PRDP, RAFT, RWR, DiffusionDPO, Dragon, FlowDPO, FlowGRPO, RewardBackprop
+from diffalign.finetune import (
+    DDPO,
+    NFT,
+    PRDP,
+    RAFT,
+    RWR,
+    B2DiffuRL,
+    DiffusionDPO,
+    Dragon,
+    FlowDPO,
+    FlowGRPO,
+    RewardBackprop,
+)
 from diffalign.policies import Policy
 from diffalign.policies.tiny import tiny_sd, tiny_sd3
 from tests.finetune.tiny_training import gradient, perturb, redness
@@ -84,14 +96,18 @@ def test_errors_and_gradient_are_those_of_the_formula_in_float64(listed, make):
 
 def test_every_update_draws_anew_and_images_are_alike(listed):
     t = trainer(num_inner_epochs=2, sft={"images": str(listed), "weight": 1.0, "batch_size": 8})
-    drawn, at = Counter(), []
-    t.supervised.error = lambda numbers, rows: (
-        drawn.update(numbers) or at.extend(rows) or t.parameters[0].sum() * torch.zeros(len(rows))
+    drawn, at = [], []
+    t.supervised.error = lambda numbers, rows, condition: (
+        drawn.append(numbers) or at.extend(rows) or t.parameters[0].sum() * torch.zeros(len(rows))
     )
-    for step in range(100):
-        t.supervised.accumulate(step, 0, slice(None), 8)
-    assert sum(drawn.values()) == 800
-    assert all(abs(count - 800 / 3) < 4 * (800 * 2 / 9) ** 0.5 for count in drawn.values())
+    for seed in (0, 1):
+        t.supervised.seed = seed
+        for step in range(25):
+            for update in (0, 1):
+                t.supervised.accumulate(step, update, slice(None), 8)
+    assert len(set(drawn)) > 95  # of 100 draws, each one of 3^8
+    counts = Counter(number for numbers in drawn for number in numbers)
+    assert all(abs(count - 800 / 3) < 4 * (800 * 2 / 9) ** 0.5 for count in counts.values())
     at.clear()
     t.train(["a", "b"], steps=2)
     assert at == [(step, update, i) for step in range(2) for update in range(2) for i in range(8)]
@@ -109,12 +125,17 @@ def test_parts_of_a_batch_add_up(listed):
         torch.testing.assert_close(of_parts, found[0][1], rtol=1e-7, atol=1e-12)
 
 
-def test_micro_batches_are_those_of_the_recipe(listed):
-    t = trainer(micro_batch_size=3, sft={"images": str(listed), "weight": 1.0, "batch_size": 8})
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"micro_batch_size": 3}, [3, 3, 2]), ({}, [4, 4]), ({"num_minibatches": 2}, [2, 2, 2, 2] * 2)],
+)
+def test_no_more_are_evaluated_together_than_images_of_the_method(listed, settings, expected):
+    """Two prompts with two samples each."""
+    t = trainer(sft={"images": str(listed), "weight": 1.0, "batch_size": 8}, **settings)
     sizes, error = [], t.supervised.error
-    t.supervised.error = lambda numbers, at: sizes.append(len(numbers)) or error(numbers, at)
+    t.supervised.error = lambda numbers, *rest: sizes.append(len(numbers)) or error(numbers, *rest)
     t.train(["a", "b"], steps=1)
-    assert sizes == [3, 3, 2]
+    assert sizes == expected
 
 
 ONLINE = [
@@ -122,6 +143,8 @@ ONLINE = [
     (DDPO, tiny_sd, {"advantage": "group"}),
     (PRDP, tiny_sd, {"beta": 0.1, "clip_range": 1.0}),
     (FlowGRPO, tiny_sd3, {}),
+    (B2DiffuRL, tiny_sd, {"advantage": "group", "select_threshold": 0.0}),
+    (RWR, tiny_sd, {}),
     (RAFT, tiny_sd, {}),
     (NFT, tiny_sd3, {}),
     (Dragon, tiny_sd3, {}),
@@ -156,6 +179,24 @@ def check_added(listed, make_trainer, prompts):
     assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-6)  # the method's own
     assert "sft" not in rows[0]
     assert rows[1]["nfe"] - rows[0]["nfe"] == rows[1]["backward_passes"] - rows[0]["backward_passes"] == 5
+
+
+def test_the_row_tells_the_mean_over_the_updates(listed):
+    t = trainer(dtype=torch.float64, num_minibatches=2, sft={"images": str(listed), "weight": 1.0, "batch_size": 5})
+    told, accumulate = [], t.supervised.accumulate
+    t.supervised.accumulate = lambda *args: told.append(accumulate(*args)) or told[-1]
+    row = t.train(["a", "b"], steps=1).rows[0]
+    assert row["sft"] == pytest.approx(float(told[0][0] + told[1][0]) / 10, rel=1e-6)
+
+
+def test_in_bfloat16_the_error_is_near_that_in_float32(listed):
+    t, totals = trainer(sft={"images": str(listed), "weight": 1.0}), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            totals.append(float(t.supervised.accumulate(0, 0, slice(None), 16)[0]))
+    assert totals[1] != totals[0]
+    assert totals[1] == pytest.approx(totals[0], rel=0.03)
+    assert gradient(t).dtype == torch.float32
 
 
 def test_the_policy_learns_the_images(listed):
