@@ -3,8 +3,9 @@
     python -m tests.benchmarks.regularisers --out runs/regularisers [--only none sft] [--seed 0]
 
 Everything else is as in `tests.benchmarks.methods`: 4,080 samples on `shapes-sd`, six steps with noise, no guidance,
-the test prompts read at the end. The supervised images are the untrained pipeline's, one for each of 512 training prompts,
-in 20 steps without noise. A finished run is not run again, a killed one goes on. Ten minutes a run on one core.
+the test prompts read at the end. The supervised images are the untrained pipeline's, one for each of 512 training
+prompts, in 20 steps without noise. A finished run is not run again, a killed one goes on. Ten minutes a run on one
+core.
 """
 
 import argparse
