@@ -8,11 +8,13 @@ goes on from its checkpoint, and a finished one is not run again. Everything is 
 guidance, but for what `raft` learns from; there is no warm-up, which would spend samples at a rate near 0. The test
 prompts are read at the end of a job, with two images each; the report of its run shows the first eight.
 
-Every method has 4,096 scored samples, but for `b2_diffurl_long`, which has as many evaluations as `ddpo`; evaluations
-and time are told beside them. Methods on pairs have the best and the worst of four for each of 512 prompts, twice;
-training on the best of n has the best of 8 for each of 512 prompts, drawn once from the base, and `raft` the best of 4,
-drawn with guidance in four rounds. Best-of-n spends the budget on the test images themselves, each of 256 prompts
-twice; with guidance an image costs twice the evaluations, so there are half as many.
+Every method has 4,096 scored samples, but for `b2_diffurl_long`, which has as many evaluations as `ddpo`, and
+`ddpo_long`, which has 38,400 samples; evaluations and time are told beside them. Methods on pairs have the best and the
+worst of four for each of 512 prompts, twice; training on the best of n has the best of 8 for each of 512 prompts, drawn
+once from the base, and `raft` the best of 4, drawn with guidance in four rounds.
+
+Best-of-n spends the budget on the test images themselves, each of 256 prompts twice; with guidance an image costs twice
+the evaluations, so there are half as many.
 """
 
 import argparse
@@ -84,6 +86,7 @@ FLOW = ("pipeline.path=zoo:shapes-sd3", "pipeline.max_sequence_length=16")  # fe
 METHODS = {
     "reward_backprop": Job("shapes-sd", "shapes-sd-alignprop"),
     "ddpo": Job("shapes-sd", "shapes-sd-ddpo"),
+    "ddpo_long": Job("shapes-sd", "shapes-sd-ddpo", ("learning_rate=3e-3",), steps=200),  # nine times the samples
     "b2_diffurl": Job("shapes-sd", "shapes-sd-b2-diffurl"),
     "b2_diffurl_long": Job("shapes-sd", "shapes-sd-b2-diffurl", steps=39),  # as many evaluations as ddpo
     "prdp": Job("shapes-sd", "shapes-sd-prdp"),
@@ -103,6 +106,7 @@ SEARCHES = {  # name: (pipeline, guidance, n): twice the evaluations with guidan
     f"flow: best of {N}": ("shapes-sd3", 1.0, N),
     f"flow: best of {N // 2}, guidance 2": ("shapes-sd3", 2.0, N // 2),
 }
+TUNED_SEARCHES = {"ddpo_long, best of 2": ("ddpo_long", 2)}  # name: (method, n)
 
 
 def recipe_of(name: str, seed: int, folder: Path, *other: str) -> Recipe:
@@ -208,10 +212,13 @@ def run_method(name: str, seed: int, folder: Path) -> dict:
     return measured(policy, pipeline, seed) | {"kl": chain_kl(policy, pipeline, seed), "cost": cost}
 
 
-def run_search(pipeline: str, seed: int, guidance_scale: float, n: int) -> dict:
-    """Measure the best of n images of the untrained pipeline."""
+def run_search(pipeline: str, seed: int, guidance_scale: float, n: int, lora: Path | None = None) -> dict:
+    """Measure the best of n images of the untrained pipeline, or of one with an adapter."""
     recipe = next(job.recipe for job in METHODS.values() if job.pipeline == pipeline)
-    return measured(load_policy(load_recipe(recipe).pipeline), pipeline, seed, guidance_scale=guidance_scale, n=n)
+    policy = load_policy(load_recipe(recipe).pipeline)
+    if lora is not None:
+        policy.load_lora(str(lora))
+    return measured(policy, pipeline, seed, guidance_scale=guidance_scale, n=n)
 
 
 def main():
@@ -226,12 +233,17 @@ def main():
     searches = {f"base of {pipeline}": (pipeline, 1.0, 1) for pipeline in pipelines}
     searches |= {name: about for name, about in SEARCHES.items() if about[0] in pipelines}
     for seed in [] if args.tables else args.seeds:
-        for name in [*searches, *args.only]:
+        tuned = [name for name, (method, _) in TUNED_SEARCHES.items() if method in args.only]
+        for name in [*searches, *args.only, *tuned]:
             path = args.out / f"{name.replace(' ', '-')}.{seed}.json"
             if path.exists():
                 continue
             if name in METHODS:
                 pipeline, found = METHODS[name].pipeline, run_method(name, seed, args.out / f"{name}.{seed}")
+            elif name in TUNED_SEARCHES:
+                method, n = TUNED_SEARCHES[name]
+                pipeline, lora = METHODS[method].pipeline, args.out / f"{method}.{seed}" / "lora"
+                found = run_search(pipeline, seed, 1.0, n, lora)
             else:
                 pipeline, scale, n = searches[name]
                 found = run_search(pipeline, seed, scale, n)

@@ -20,6 +20,10 @@ COMPARED = (
     ("ddpo", "raft"),
     ("dragon", "flow_sft_best_of_n"),
     ("flow_dpo", "flow_sft_best_of_n"),
+    ("ddpo_long", "best of 8"),
+    ("ddpo_long", "best of 4, guidance 2"),
+    ("ddpo_long, best of 2", "best of 8"),
+    ("ddpo_long, best of 2", "best of 4, guidance 2"),
 )
 SFT = {"shapes-sd": "sft_best_of_n", "shapes-sd3": "flow_sft_best_of_n"}
 
@@ -72,7 +76,7 @@ def differences(files):
 
 def rank(name):
     """The base, then searches, then methods."""
-    return 0 if name.startswith("base of") else 1 if "best of" in name else 2
+    return 0 if name.startswith("base of") else 1 if name.startswith(("best of", "flow: best of")) else 2
 
 
 def row(found, base, tuned):
