@@ -4,7 +4,7 @@
 
 Everything else is as in `tests.benchmarks.methods`: 4,080 samples on `shapes-sd`, six steps with noise, no guidance,
 the test prompts read at the end. The supervised images are the untrained pipeline's, one for each of 512 training
-prompts, in 20 steps without noise. A finished run is not run again, a killed one goes on. Ten minutes a run on one
+prompts, in 20 steps without noise. A finished run is not run again, a killed one goes on. Nine minutes a run on one
 core.
 """
 
