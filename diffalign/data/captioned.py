@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffalign.data.json_lines import line_object
 from diffalign.data.prompts import MAX_BYTES, PROMPT_KEYS
 
 FILE_KEYS = ("file", "file_name")  # of `diffalign sample`, and of an imagefolder
@@ -48,12 +48,9 @@ def read_captioned(path: str | Path) -> list[Captioned]:
         for number, raw in enumerate(file, 1):
             source = f"{path}, line {number}"
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not line:
+                row = line_object(raw, number == 1, "file and prompt")
+                if row is None:
                     continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected an object with file and prompt, found {type(row).__name__}")
                 image, caption = path.parent / _text(row, FILE_KEYS), _text(row, CAPTION_KEYS)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                 raise ValueError(f"{source}: {error}.") from None

@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from diffalign.data.json_lines import line_object
 from diffalign.data.pair import SIDES, Pair
 from diffalign.data.prompts import Prompt, take_prompt
 from diffalign.registry import leads_out
@@ -25,12 +26,9 @@ def jsonl_pairs(path: Path) -> Iterator[Pair]:
         for index, raw in enumerate(file):
             source = f"{path}, line {index + 1}"
             try:
-                line = raw.decode("utf-8-sig" if index == 0 else "utf-8").strip()
-                if not line:
+                row = line_object(raw, index == 0, "prompt, chosen and rejected")
+                if row is None:
                     continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected an object with prompt, chosen and rejected, found {type(row).__name__}")
                 identity, text = row.pop("id", index), take_prompt(row)
                 chosen, rejected = (path.parent / _take_path(row, side) for side in SIDES)
                 if not isinstance(identity, int | str) or isinstance(identity, bool) or identity in seen:
