@@ -2,7 +2,7 @@
 
 from diffalign.data.cache import TensorCache
 from diffalign.data.captioned import Captioned, read_captioned
-from diffalign.data.pair import SIDES, Pair, Side, image_digest, open_side
+from diffalign.data.pair import SIDES, Pair, Side, open_side
 from diffalign.data.pairs import read_pairs
 from diffalign.data.pick_a_pic import Judged, write_pairs
 from diffalign.data.picture import content_digest, open_fitted
@@ -18,7 +18,6 @@ __all__ = [
     "Side",
     "TensorCache",
     "content_digest",
-    "image_digest",
     "open_fitted",
     "open_side",
     "read_captioned",

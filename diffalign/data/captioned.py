@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffalign.data.json_lines import line_object
-from diffalign.data.prompts import MAX_BYTES, PROMPT_KEYS
+from diffalign.data.prompts import MAX_BYTES
+from diffalign.data.rows import PROMPT_KEYS, line_object, take_text
 
 FILE_KEYS = ("file", "file_name")  # of `diffalign sample`, and of an imagefolder
 CAPTION_KEYS = (*PROMPT_KEYS, "text")
@@ -51,7 +51,7 @@ def read_captioned(path: str | Path) -> list[Captioned]:
                 row = line_object(raw, number == 1, "file and prompt")
                 if row is None:
                     continue
-                image, caption = path.parent / _text(row, FILE_KEYS), _text(row, CAPTION_KEYS)
+                image, caption = path.parent / take_text(row, FILE_KEYS), take_text(row, CAPTION_KEYS)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
                 raise ValueError(f"{source}: {error}.") from None
             if not os.path.isfile(image):  # and not `is_file`, which raises for a name that is too long
@@ -60,12 +60,3 @@ def read_captioned(path: str | Path) -> list[Captioned]:
     if not found:
         raise ValueError(f"{path} lists no image.")
     return found
-
-
-def _text(row: dict[str, object], keys: tuple[str, ...]) -> str:
-    """The text that a row has under the first of some keys that is there."""
-    key = next((name for name in keys if name in row), keys[0])
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} is {value!r}, and must be a text that is not empty")
-    return value

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffalign.data.picture import content_digest, open_fitted
+from diffalign.data.picture import open_fitted
 from diffalign.data.prompts import Prompt
 
 Side = Literal["chosen", "rejected"]
@@ -42,8 +42,3 @@ def open_side(pair: Pair, side: Side, size: tuple[int, int]) -> Tensor:
         return open_fitted(getattr(pair, side), size)
     except ValueError as error:
         raise ValueError(f"{pair.source}: the {side} image {error} Mend it, or take the row out.") from None
-
-
-def image_digest(pair: Pair, side: Side) -> str:
-    """sha256 of the file of one image."""
-    return content_digest(getattr(pair, side))

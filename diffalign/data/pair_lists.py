@@ -10,9 +10,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from diffalign.data.json_lines import line_object
 from diffalign.data.pair import SIDES, Pair
-from diffalign.data.prompts import Prompt, take_prompt
+from diffalign.data.prompts import Prompt
+from diffalign.data.rows import PROMPT_KEYS, line_object, take_text
 from diffalign.registry import leads_out
 
 MAX_JSON_BYTES = 2**30  # a JSON is read whole; the train split of HPDv2 has some 645,000 comparisons
@@ -29,8 +29,9 @@ def jsonl_pairs(path: Path) -> Iterator[Pair]:
                 row = line_object(raw, index == 0, "prompt, chosen and rejected")
                 if row is None:
                     continue
-                identity, text = row.pop("id", index), take_prompt(row)
-                chosen, rejected = (path.parent / _take_path(row, side) for side in SIDES)
+                identity, text = row.pop("id", index), take_text(row, PROMPT_KEYS)
+                # an imagefolder says `chosen_file_name` for what it then has as `chosen`
+                chosen, rejected = (path.parent / take_text(row, (side, f"{side}_file_name")) for side in SIDES)
                 if not isinstance(identity, int | str) or isinstance(identity, bool) or identity in seen:
                     raise ValueError(f"id is {identity!r}, and must be a whole number or a text that no other line has")
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -42,15 +43,6 @@ def jsonl_pairs(path: Path) -> Iterator[Pair]:
                     )
             seen.add(identity)
             yield Pair(Prompt(text, identity, row), chosen, rejected, source)
-
-
-def _take_path(row: dict[str, Any], side: str) -> str:
-    """Removes the path of one image; an imagefolder says `chosen_file_name` for what it then has as `chosen`."""
-    key = side if side in row else f"{side}_file_name" if f"{side}_file_name" in row else side
-    value = row.pop(key, None)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} is {value!r}, and must be a text that is not empty")
-    return value
 
 
 def hpd_pairs(path: Path) -> tuple[list[Pair], int]:
@@ -88,7 +80,7 @@ def _hpd_entry(entry: Any) -> tuple[str, list[str], list[float]]:
     """(prompt, names, ranks) of an entry; the lowest rank is the best."""
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object with prompt, image_path and a choice, found {type(entry).__name__}")
-    text = take_prompt(entry)
+    text = take_text(entry, PROMPT_KEYS)
     key = "file_path" if "file_path" in entry else "image_path"
     names = entry.get(key)
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) and name for name in names):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.parquet import open_parquet, read_rows
+from diffalign.data.rows import PROMPT_KEYS, take_text
 from diffalign.noise import generator
 from diffalign.registry import PROMPT_SUFFIXES, resolve_data
 
-PROMPT_KEYS = ("prompt", "caption")  # the first that a row has
 MAX_BYTES = 256 * 2**20
 
 
@@ -113,19 +113,10 @@ def _json_can_say(kind: Any) -> bool:
 def _prompt(row: Any, index: int) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with the key prompt, found {type(row).__name__}")
-    text, identity = take_prompt(row), row.pop("id", index)
+    text, identity = take_text(row, PROMPT_KEYS), row.pop("id", index)
     if not isinstance(identity, int | str) or isinstance(identity, bool):
         raise ValueError(f"id is {identity!r}, and must be a whole number or a text")
     return Prompt(text, identity, row)
-
-
-def take_prompt(row: dict[str, Any]) -> str:
-    """Removes the prompt from a row of a file and returns it; ValueError where there is none."""
-    key = next((name for name in PROMPT_KEYS if name in row), PROMPT_KEYS[0])
-    text = row.pop(key, None)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{key} is {text!r}, and must be a text that is not empty")
-    return text
 
 
 class PromptSampler:

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from diffalign.data import SIDES, Pair, Prompt, Side, TensorCache, image_digest, open_side, read_pairs
+from diffalign.data import SIDES, Pair, Prompt, Side, TensorCache, content_digest, open_side, read_pairs
 from diffalign.finetune.dpo_config import DiffusionDPOConfig, FlowDPOConfig
 from diffalign.finetune.forward import errors_beside_reference, training_level
 from diffalign.finetune.trainer import TRAINERS, Row, StepFailed, Trainer
@@ -180,7 +180,7 @@ class PairTrainer(Trainer):
     def _digest(self, pair: Pair, side: Side) -> str:
         at = (pair.prompt.id, side)
         if at not in self._digests:
-            self._digests[at] = image_digest(pair, side)
+            self._digests[at] = content_digest(getattr(pair, side))
         return self._digests[at]
 
     def _refuse(self, row: Row) -> None:

@@ -126,8 +126,7 @@ class RewardBackprop(Trainer):
         value = torch.where(score.valid, score.value, zero)
         loss = torch.where(score.valid, self.loss(value), zero)
         distance = zero if trajectory.prediction_mse is None else trajectory.prediction_mse
-        total = self.training.num_prompts_per_step * self.training.group_size
-        objective = (loss.sum() / copies + config.kl_weight * distance.sum()) / total
+        objective = (loss.sum() / copies + config.kl_weight * distance.sum()) / self.images
         if objective.requires_grad:  # not where every score failed
             objective.backward()
 
@@ -136,7 +135,7 @@ class RewardBackprop(Trainer):
         ledger.reward_calls += len(pixels)
         ledger.reward_failures += int((~score.valid).sum())
         sums = {
-            "loss": objective * total,
+            "loss": objective * self.images,
             **{name: v / copies for name, v in reward_sums(score).items()},
             "prediction_mse": distance.sum(),
         }

@@ -15,27 +15,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
-from diffalign import rewards
 from diffalign.config import load_recipe
-from diffalign.data import read_prompts
-from diffalign.engine.evaluate import Evaluation, sample_images, score_images
+from diffalign.engine.evaluate import Evaluation
 from diffalign.engine.load import load_policy
-from tests.benchmarks.methods import ETA, JUDGES, METHODS, STEPS
+from tests.benchmarks.methods import METHODS, drawn
 
-PROMPTS, PIPELINE = 12, "shapes-sd"
+PROMPTS, METHOD = 12, METHODS["ddpo_long"]
 ROWS = {"base": (False, 1), "best of 8": (False, 8), "ddpo_long": (True, 1), "ddpo_long,\nbest of 2": (True, 2)}
-
-
-def drawn(policy, n: int) -> Evaluation:
-    """The best of n images of each prompt by the training reward, with the oracle's verdict."""
-    prompts = read_prompts("prompts:shapes-test")[:PROMPTS]
-    how = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "eta": ETA[PIPELINE], "num_images_per_prompt": n}
-    pool = score_images(sample_images(policy, prompts, seed=0, **how), {JUDGES[0]: rewards.load(JUDGES[0])})
-    best = pool.scores[JUDGES[0]].reshape(-1, n).argmax(1) + torch.arange(0, len(pool.images), n)
-    chosen = Evaluation(prompts, pool.images[best], ledger=pool.ledger)
-    return score_images(chosen, {JUDGES[2]: rewards.load(JUDGES[2])})
 
 
 def plot(rows: dict[str, Evaluation], path: Path) -> None:
@@ -43,7 +30,7 @@ def plot(rows: dict[str, Evaluation], path: Path) -> None:
     figure, axes = plt.subplots(len(rows), PROMPTS, figsize=(PROMPTS, len(rows) + 0.5), layout="constrained")
     for line, (name, found) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(name, fontsize=8)
-        verdicts = found.scores[JUDGES[2]].tolist()
+        verdicts = found.scores["shapes-oracle"].tolist()
         for axis, image, right in zip(line, found.images, verdicts, strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
@@ -58,10 +45,11 @@ def main():
     parser.add_argument("--methods", type=Path, default=Path("runs/methods"), help="where the benchmark's runs are")
     parser.add_argument("--plot", type=Path, default=Path("runs/method-gallery.png"))
     args = parser.parse_args()
-    policy = load_policy(load_recipe(METHODS["ddpo_long"].recipe).pipeline)
-    rows = {name: drawn(policy, n) for name, (tuned, n) in ROWS.items() if not tuned}
-    policy.load_lora(str(args.methods / "ddpo_long.0" / "lora"))
-    rows |= {name: drawn(policy, n) for name, (tuned, n) in ROWS.items() if tuned}
+    policy, rows = load_policy(load_recipe(METHOD.recipe).pipeline), {}
+    for name, (tuned, n) in ROWS.items():  # those of the base come first
+        if tuned and not policy.trainable():
+            policy.load_lora(str(args.methods / "ddpo_long.0" / "lora"))
+        rows[name] = drawn(policy, METHOD.pipeline, 0, n=n, count=PROMPTS, images=1)
     plot(rows, args.plot)
 
 

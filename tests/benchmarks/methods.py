@@ -148,12 +148,12 @@ def make_pairs(recipe: Recipe, seed: int) -> None:
     write_pairs(path, chain.from_iterable(drawn))
 
 
-def drawn(policy, pipeline, seed, guidance_scale=1.0, n=1) -> Evaluation:
-    """Images of the test prompts, the best of n by the training reward, with every judge's score."""
+def drawn(policy, pipeline, seed, guidance_scale=1.0, n=1, count=PROMPTS, images=IMAGES) -> Evaluation:
+    """Images of the first test prompts, the best of n by the training reward, with every judge's score."""
     judges = {name: rewards.load(name) for name in JUDGES}
-    prompts = read_prompts("prompts:shapes-test")[:PROMPTS]
+    prompts = read_prompts("prompts:shapes-test")[:count]
     how = {"num_inference_steps": STEPS, "guidance_scale": guidance_scale, "eta": ETA[pipeline], "batch_size": 64}
-    pool = sample_images(policy, prompts, seed=seed, num_images_per_prompt=IMAGES * n, **how)
+    pool = sample_images(policy, prompts, seed=seed, num_images_per_prompt=images * n, **how)
     score_images(pool, {JUDGES[0]: judges[JUDGES[0]]})
     best = pool.scores[JUDGES[0]].reshape(-1, n).argmax(1) + torch.arange(0, len(pool.images), n)
     chosen = Evaluation([pool.prompts[i] for i in best.tolist()], pool.images[best], ledger=pool.ledger)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from diffalign import media
+from diffalign.cli.sample import write
 from diffalign.data import read_prompts
 from diffalign.engine.evaluate import sample_images
 from diffalign.engine.load import load_policy
 from diffalign.engine.run import train
-from tests.benchmarks.methods import chain_kl, measured, recipe_of
+from tests.benchmarks.methods import chain_kl, measured, recipe_of, run_search
 from tests.benchmarks.methods_tables import JUDGES, of_prompts, paired
 
 PIPELINE, IMAGES = "shapes-sd", 512
@@ -34,17 +34,10 @@ WAYS = {
 
 def draw_images(policy, folder: Path) -> Path:
     """The list of the supervised images, drawn unless they are there."""
-    listed = folder / "samples.jsonl"
-    if not listed.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "grid.png").exists():  # which is written last
         prompts = read_prompts("prompts:shapes-train")[:IMAGES]
-        drawn = sample_images(policy, prompts, seed=0, num_inference_steps=20, guidance_scale=1.0, batch_size=64)
-        rows = []
-        for i, image in enumerate(media.from_uint8(drawn.images)):
-            media.save_png(image, folder / f"{i:03d}.png")
-            rows.append(json.dumps({"file": f"{i:03d}.png", "prompt": prompts[i].text}))
-        listed.write_text("\n".join(rows))
-    return listed
+        write(sample_images(policy, prompts, seed=0, num_inference_steps=20, guidance_scale=1.0), folder, 1, seed=0)
+    return (folder / "samples.jsonl").absolute()
 
 
 def run(way: str, seed: int, out: Path) -> dict:
@@ -53,7 +46,7 @@ def run(way: str, seed: int, out: Path) -> dict:
     own = [*LINEAR, *WAYS[way]]
     if way == "sft":
         policy = load_policy(recipe_of("reward_backprop", seed, folder, *LINEAR).pipeline)
-        own.append(f"sft.images={draw_images(policy, out / 'images').absolute()}")
+        own.append(f"sft.images={draw_images(policy, out / 'images')}")
     recipe = recipe_of("reward_backprop", seed, folder, *own)
     if not (folder / "lora").exists():
         train(recipe)
@@ -88,8 +81,7 @@ def main():
     for way in ["base", *args.only]:
         path = args.out / f"{way}.{args.seed}.json"
         if not path.exists():
-            policy = load_policy(recipe_of("reward_backprop", args.seed, args.out / way).pipeline)
-            measures = measured(policy, PIPELINE, args.seed) if way == "base" else run(way, args.seed, args.out)
+            measures = run_search(PIPELINE, args.seed, 1.0, 1) if way == "base" else run(way, args.seed, args.out)
             path.write_text(json.dumps(measures))
             print(f"{way}: done", flush=True)
         found[way] = json.loads(path.read_text())

@@ -1,9 +1,12 @@
-"""Lines of a JSONL, each an object."""
+"""Rows of data files: the object of a line, and the texts in it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
+
+PROMPT_KEYS = ("prompt", "caption")  # the first that a row has
 
 
 def line_object(raw: bytes, first: bool, expected: str) -> dict[str, Any] | None:
@@ -23,3 +26,15 @@ def line_object(raw: bytes, first: bool, expected: str) -> dict[str, Any] | None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with {expected}, found {type(row).__name__}")
     return row
+
+
+def take_text(row: dict[str, Any], keys: Sequence[str]) -> str:
+    """Remove from a row what it has under the first of some keys that is there, and return it.
+
+    Raises ValueError where there is none of them, or no text.
+    """
+    key = next((name for name in keys if name in row), keys[0])
+    text = row.pop(key, None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{key} is {text!r}, and must be a text that is not empty")
+    return text
