@@ -1,4 +1,4 @@
-"""What holds a policy: one run of reward backpropagation without a target, held in four ways or not at all.
+"""What holds a policy: one run of reward backpropagation without a target, held in three ways or not at all.
 
     python -m tests.benchmarks.regularisers --out runs/regularisers [--only none sft] [--seed 0]
 
